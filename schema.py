@@ -1,0 +1,240 @@
+"""The values that parts hand to each other. Frozen, plain, and free of behaviour that needs a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant"]
+Reason = Literal["routed", "unknown_domain", "no_expert", "explicit", "sticky", "degraded"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Who should answer, and why.
+
+    `probabilities` are calibrated and sum to 1 over the domains that the router knows; `confidence` is the open-set score
+    that was compared with `threshold`; `prediction_set` names the smallest set of domains that reaches the router's
+    stated coverage. `candidates` are (expert name, weight), best first, weights summing to 1.
+    """
+
+    domain: str | None
+    candidates: tuple[tuple[str, float], ...]
+    probabilities: Mapping[str, float]
+    prediction_set: tuple[str, ...]
+    confidence: float
+    reason: Reason
+    threshold: float
+    router_version: str
+
+    @property
+    def expert(self) -> str:
+        """The name of the first candidate."""
+        return self.candidates[0][0]
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A quoted piece of a document: `text == document_text[span[0]:span[1]]`, in characters."""
+
+    text: str
+    document: str
+    span: tuple[int, int]
+    page: int | None
+    score: float
+    index_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What retrieval found for one prompt, and how many tokens it takes in the prompt."""
+
+    passages: tuple[Passage, ...] = ()
+    demonstrations: tuple[tuple[str, str], ...] = ()
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRequest:
+    """One answer asked of one expert; `deadline` is in `time.monotonic()` seconds."""
+
+    messages: tuple[Message, ...]
+    expert: str
+    context: Context = Context()
+    sampling: Sampling = Sampling()
+    seed: int | None = None
+    alpha: float | None = None
+    deadline: float | None = None
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of an answer. The last one of a stream carries `finish_reason`."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] | None = None
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens read and written."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole answer: who gave it, why, from what, and how long each step took (`timings`, seconds)."""
+
+    text: str
+    decision: Decision
+    citations: tuple[Passage, ...]
+    expert_version: str
+    mode: str
+    usage: Usage
+    timings: Mapping[str, float]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The base model as it is."""
+
+    kind: Literal["base"] = "base"
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """The base model with a LoRA adapter: `adapter` is the content hash of a PEFT folder in the artifact store."""
+
+    adapter: str
+    rank: int
+    kind: Literal["lora"] = "lora"
+
+
+Spec = Base | Lora
+SPECS: dict[str, type[Base] | type[Lora]] = {"base": Base, "lora": Lora}
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One measured number: `value` and its 95 % interval, on `rows` rows, beside what the base model reached on them."""
+
+    task: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    base: float
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What is known about an expert beyond what it is. It may grow without changing the expert's version."""
+
+    description: str = ""
+    scores: tuple[Score, ...] = ()
+    gate: str = ""
+    forced: bool = False
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, str] = field(default_factory=dict)
+    licence: str = ""
+    created: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """An expert: what it is (`name`, `domain`, `spec`, `base`, `system`) and what was measured (`evidence`).
+
+    `base` is the identity of the base model; `system` is its system prompt, None for the base model's own.
+    """
+
+    name: str
+    domain: str
+    spec: Spec
+    base: str
+    system: str | None = None
+    evidence: Evidence = Evidence()
+
+    @property
+    def version(self) -> str:
+        """`name@` and the first 12 hex digits of the hash of everything that decides how the expert answers."""
+        identity = {k: v for k, v in card_to_dict(self).items() if k != "evidence"}
+        return f"{self.name}@{digest(identity)[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """One immutable state of the whole: which version each name means, which router and which indexes serve."""
+
+    id: int
+    aliases: Mapping[str, str]
+    router: str
+    indexes: Mapping[str, str]
+    parent: int | None = None
+    note: str = ""
+    created: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class JobState:
+    """Where a training job stands. `eta` is in seconds."""
+
+    id: str
+    kind: str
+    stage: str
+    step: int = 0
+    of: int = 0
+    loss: float | None = None
+    eta: float | None = None
+    state: Literal["queued", "running", "done", "refused", "failed", "cancelled"] = "queued"
+    error: str | None = None
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON of `value`."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def card_to_dict(card: Card) -> dict[str, Any]:
+    """The card as JSON-ready values; `card_from_dict` reads it back."""
+    return dataclasses.asdict(card)
+
+
+def card_from_dict(data: Mapping[str, Any]) -> Card:
+    """Read a card; raises KeyError or TypeError where a field is missing or unknown."""
+    spec = dict(data["spec"])
+    evidence = dict(data.get("evidence") or {})
+    evidence["scores"] = tuple(Score(**score) for score in evidence.get("scores", ()))
+    return Card(**{**data, "spec": SPECS[spec["kind"]](**spec), "evidence": Evidence(**evidence)})

