@@ -1,0 +1,1 @@
+"""Experts: cards, the registry that keeps them, and how each kind answers."""

@@ -1,0 +1,47 @@
+"""The registry's tables. A change here needs a migration beside it in `migrations/versions/` and a new `HEAD`."""
+
+from __future__ import annotations
+
+from sqlalchemy import JSON, CheckConstraint, Column, ForeignKey, Integer, MetaData, String, Table, Text
+
+HEAD = "0001"
+"""The newest migration's revision, so that opening an up-to-date database need not load Alembic."""
+
+metadata = MetaData(
+    naming_convention={  # names that later migrations can refer to, the same on every database
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+cards = Table(
+    "cards",
+    metadata,
+    Column("version", String, primary_key=True),
+    Column("name", String, nullable=False),
+    Column("domain", String, nullable=False),
+    Column("body", JSON, nullable=False),
+    Column("created", String, nullable=False),
+)
+"""`body` is `schema.card_to_dict`; `created` (here and below) is ISO 8601 in UTC."""
+
+releases = Table(
+    "releases",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("body", JSON, nullable=False),
+    Column("parent", Integer, ForeignKey("releases.id")),
+    Column("note", Text, nullable=False),
+    Column("created", String, nullable=False),
+    sqlite_autoincrement=True,  # an id is never given twice, as PostgreSQL has it anyway
+)
+"""`body` holds `aliases`, `router` and `indexes`."""
+
+live = Table(
+    "live",
+    metadata,
+    Column("id", Integer, CheckConstraint("id = 1", name="single"), primary_key=True, autoincrement=False),
+    Column("release", Integer, ForeignKey("releases.id")),
+)
+"""The pointer. Its one row exists from the first migration on, so that writers have something to lock."""
