@@ -1,0 +1,1 @@
+"""Where weights come from: names, fetching, checksums, conversion, cache, loading."""

@@ -1,0 +1,152 @@
+"""The cache of ready models: fetched, checked, converted, and only then visible.
+
+A model becomes visible by one rename, so a killed process leaves nothing half-made; a lock a model keeps two processes that
+start at once from doing the work twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..errors import ChecksumMismatch, ModelUnavailable
+from ..schema import digest
+from .catalogue import KNOWN_SHA256
+from .convert import convert_gguf
+from .fetch import Progress, fetch
+from .names import ModelName, parse_name
+
+MANIFEST = "collegium.json"
+
+
+@dataclass(frozen=True, slots=True)
+class CachedModel:
+    """A folder that transformers loads. `identity` is the architecture and the hash of the source's weight files."""
+
+    name: str
+    folder: Path
+    architecture: str
+    identity: str
+
+
+class ModelCache:
+    """Models by name under `root`; `timeout` is in seconds without a byte."""
+
+    def __init__(self, root: Path, *, timeout: float = 60.0) -> None:
+        self._root = root
+        self._timeout = timeout
+
+    def get(self, name: str, progress: Progress | None = None) -> CachedModel:
+        """The model, fetched and converted if this is the first time.
+
+        Raises ModelUnavailable or one of its kin; what they say includes what to do.
+        """
+        from filelock import FileLock
+
+        parsed = parse_name(name)
+        self._root.mkdir(parents=True, exist_ok=True)
+        final = self._root / parsed.slug
+        if parsed.source == "folder":
+            return self._local(name, Path(parsed.location))
+        if not (final / MANIFEST).exists():
+            with FileLock(self._root / f"{parsed.slug}.lock"):
+                if not (final / MANIFEST).exists():  # another process may have made it while we waited
+                    self._make(name, parsed, final, progress)
+        return _read(final)
+
+    def _make(self, name: str, parsed: ModelName, final: Path, progress: Progress | None) -> None:
+        partial = self._root / f".partial-{parsed.slug}"
+        for leftover in (partial, final):  # we hold the lock: what is here was left by a process that died
+            shutil.rmtree(leftover, ignore_errors=True)
+        source, ready = partial / "source", partial / "ready"
+        source.mkdir(parents=True)
+        try:
+            fetch(parsed, source, timeout=self._timeout, progress=progress)
+            hashes = _check(name, source)
+            gguf = sorted(source.rglob("*.gguf"))
+            if gguf:
+                if progress:
+                    progress(f"Converting {gguf[0].name}", 0, 0)
+                convert_gguf(gguf[0], ready)
+            else:
+                source.rename(ready)
+            _write_manifest(name, ready, hashes)
+            _sync_tree(ready)
+            ready.rename(final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _local(self, name: str, folder: Path) -> CachedModel:
+        """A user's own folder: its hashes are remembered beside the cache until a file changes."""
+        stamp = digest([[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in _weights(folder)])
+        record = self._root / f"local-{digest(str(folder))[:16]}.json"
+        if record.exists() and (known := json.loads(record.read_text("utf-8")))["stamp"] == stamp:
+            return CachedModel(name, folder, known["architecture"], known["identity"])
+        architecture = _architecture(folder)
+        identity = _identity(architecture, {path.name: sha256(path) for path in _weights(folder)})
+        temporary = record.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps({"stamp": stamp, "architecture": architecture, "identity": identity}), "utf-8")
+        temporary.replace(record)
+        return CachedModel(name, folder, architecture, identity)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check(name: str, source: Path) -> dict[str, str]:
+    hashes = {path.name: sha256(path) for path in _weights(source)}
+    for file, expected in KNOWN_SHA256.get(name, {}).items():
+        if hashes.get(file) != expected:
+            raise ChecksumMismatch(
+                f"{file} of {name} has SHA-256 {hashes.get(file)}, expected {expected}.",
+                hint="It was changed on the way or at its source; do not use it. Try again from another network.",
+            )
+    return hashes
+
+
+def _weights(folder: Path) -> list[Path]:
+    found = [*folder.rglob("*.safetensors"), *folder.rglob("*.gguf")]
+    if not found:
+        raise ModelUnavailable(f"{folder} holds no safetensors weights.", hint="Name a transformers model folder.")
+    return sorted(found)
+
+
+def _architecture(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "config.json").read_text("utf-8"))["architectures"][0])
+    except (OSError, ValueError, LookupError):
+        raise ModelUnavailable(
+            f"{folder} has no config.json that names an architecture.", hint="Name a transformers model folder."
+        ) from None
+
+
+def _identity(architecture: str, hashes: Mapping[str, str]) -> str:
+    return f"{architecture}:{digest(sorted(hashes.values()))[:16]}"
+
+
+def _write_manifest(name: str, folder: Path, hashes: Mapping[str, str]) -> None:
+    architecture = _architecture(folder)
+    model = CachedModel(name, folder, architecture, _identity(architecture, hashes))
+    body = asdict(model) | {"sha256": dict(hashes)}
+    del body["folder"]
+    (folder / MANIFEST).write_text(json.dumps(body, indent=1), "utf-8")
+
+
+def _read(folder: Path) -> CachedModel:
+    body = json.loads((folder / MANIFEST).read_text("utf-8"))
+    return CachedModel(body["name"], folder, body["architecture"], body["identity"])
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

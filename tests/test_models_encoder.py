@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from collegium.errors import UnsupportedModel
+from collegium.models.cache import ModelCache
+from collegium.models.encoder import Encoder
+from collegium.settings import DEFAULT_ENCODER
+
+TEXTS = [
+    "explain the contract of the plaintiff",
+    "a",
+    "",
+    "what is a python compiler and a recursion? " * 12,  # longer than the model sees
+    "FEVER, vaccine; Übermut 日本 😀",
+    "\n\t ",
+    *(f"the sum of {number} and the prime {number * number}" for number in range(40)),  # more than a batch
+]
+
+
+@pytest.fixture
+def local(tiny_encoder: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_encoder, tmp_path / "local")
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[[Path], Encoder]:
+    return lambda folder: Encoder(ModelCache(tmp_path / "models").get(str(folder)))
+
+
+def pool_with(folder: Path, **modes: bool) -> Path:
+    body = {"word_embedding_dimension": 32, **{f"pooling_mode_{mode}": on for mode, on in modes.items()}}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(body))
+    return folder
+
+
+def reference(folder: Path) -> NDArray[np.float32]:
+    package = pytest.importorskip("sentence_transformers")
+    vectors: NDArray[np.float32] = package.SentenceTransformer(str(folder), device="cpu").encode(TEXTS)
+    return vectors
+
+
+def test_the_vectors_are_those_of_sentence_transformers(local: Path, load: Callable[[Path], Encoder]) -> None:
+    np.testing.assert_allclose(load(local).encode(TEXTS), reference(local), atol=1e-5)
+
+
+def test_the_first_token_is_taken_where_the_folder_says_so(local: Path, load: Callable[[Path], Encoder]) -> None:
+    mean = load(local).encode(TEXTS)
+    pool_with(local, cls_token=True, mean_tokens=False)
+    cls = load(local).encode(TEXTS)
+    np.testing.assert_allclose(cls, reference(local), atol=1e-5)
+    assert np.abs(cls - mean).max() > 0.01
+
+
+@pytest.mark.parametrize("mode", ["mean_tokens", "cls_token"])
+def test_a_folder_as_sentence_transformers_saves_it_today(
+    local: Path, load: Callable[[Path], Encoder], tmp_path: Path, mode: str
+) -> None:
+    package = pytest.importorskip("sentence_transformers")
+    pool_with(local, **{mode: True})
+    package.SentenceTransformer(str(local), device="cpu").save(str(tmp_path / "saved"))
+    np.testing.assert_allclose(load(tmp_path / "saved").encode(TEXTS), reference(local), atol=1e-5)
+
+
+def test_vectors_have_length_one_and_keep_their_order(local: Path, load: Callable[[Path], Encoder]) -> None:
+    encoder = load(local)
+    vectors = encoder.encode(TEXTS)
+    assert vectors.shape == (len(TEXTS), encoder.dimension)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    for text, vector in zip(TEXTS, vectors, strict=True):
+        np.testing.assert_allclose(encoder.encode([text])[0], vector, atol=1e-5)
+
+
+def test_no_texts_give_no_vectors(local: Path, load: Callable[[Path], Encoder]) -> None:
+    assert load(local).encode([]).shape == (0, 32)
+
+
+def test_a_folder_without_pooling_is_pooled_by_the_mean(local: Path, load: Callable[[Path], Encoder]) -> None:
+    expected = load(local).encode(TEXTS)
+    shutil.rmtree(local / "1_Pooling")
+    np.testing.assert_allclose(load(local).encode(TEXTS), expected, atol=1e-6)
+
+
+def test_a_folder_without_a_limit_reads_what_its_model_can(local: Path, load: Callable[[Path], Encoder]) -> None:
+    (local / "sentence_bert_config.json").unlink()
+    assert np.isfinite(load(local).encode(["court " * 1000])).all()
+
+
+@pytest.mark.parametrize("modes", [{"max_tokens": True}, {"mean_tokens": True, "cls_token": True}, {"lasttoken": True}])
+def test_other_pooling_is_refused_by_name(local: Path, load: Callable[[Path], Encoder], modes: dict[str, bool]) -> None:
+    with pytest.raises(UnsupportedModel, match=", ".join(sorted(modes))) as caught:
+        load(pool_with(local, **modes))
+    assert caught.value.hint == "Supported: mean_tokens, cls_token."
+
+
+@pytest.mark.models
+def test_the_real_encoder_gives_the_vectors_of_sentence_transformers(real_home: Path) -> None:
+    model = ModelCache(real_home / "models").get(DEFAULT_ENCODER)
+    np.testing.assert_allclose(Encoder(model).encode(TEXTS), reference(model.folder), atol=1e-5)
