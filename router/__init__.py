@@ -1,0 +1,1 @@
+"""The router: text to a calibrated decision about who should answer."""
