@@ -1,0 +1,1 @@
+"""The decoder of local experts: one model, many adapters, one worker thread."""
