@@ -141,8 +141,16 @@ class Lora:
     kind: Literal["lora"] = "lora"
 
 
-Spec = Base | Lora
-SPECS: dict[str, type[Base] | type[Lora]] = {"base": Base, "lora": Lora}
+@dataclass(frozen=True, slots=True)
+class Plugin:
+    """A kind that a plug-in answers for: its own `options`, and the content hashes of the artifacts that it needs."""
+
+    kind: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    artifacts: tuple[str, ...] = ()
+
+
+Spec = Base | Lora | Plugin
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,4 +245,12 @@ def card_from_dict(data: Mapping[str, Any]) -> Card:
     spec = dict(data["spec"])
     evidence = dict(data.get("evidence") or {})
     evidence["scores"] = tuple(Score(**score) for score in evidence.get("scores", ()))
-    return Card(**{**data, "spec": SPECS[spec["kind"]](**spec), "evidence": Evidence(**evidence)})
+    return Card(**{**data, "spec": _spec(spec), "evidence": Evidence(**evidence)})
+
+
+def _spec(data: dict[str, Any]) -> Spec:
+    if data["kind"] == "base":
+        return Base()
+    if data["kind"] == "lora":
+        return Lora(**data)
+    return Plugin(**{**data, "artifacts": tuple(data.get("artifacts", ()))})

@@ -33,17 +33,27 @@ class Settings(BaseModel):
     database_url: str | None = None
     """SQLAlchemy URL of the registry; by default an SQLite file in `home`."""
     base_model: str = DEFAULT_BASE
+    """The language model: hf:org/name, pypi:package==version/path, or a folder."""
     encoder: str = DEFAULT_ENCODER
+    """The BERT encoder of the router and of retrieval, named alike."""
     fallback: str = "base"
     """Who answers when no domain fits or a domain has no expert: an expert's name."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the language model runs; auto takes a GPU where there is one."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the language model's weights; auto takes bfloat16 where the hardware multiplies it natively."""
     threads: int = Field(default=0, ge=0)
     """Torch threads; 0 takes the cores that this process may use."""
     max_tokens: int = Field(default=256, ge=1)
+    """Longest answer, where a request does not say."""
     temperature: float = Field(default=0.0, ge=0, le=2)
+    """0 is greedy; higher is more varied."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Share of the probability that tokens are drawn from."""
     repetition_penalty: float = Field(default=1.0, ge=1, le=2)
+    """Above 1, tokens that occurred already become less likely."""
     max_prompt_tokens: int = Field(default=4096, ge=16)
+    """Longest prompt, history and passages included; older turns are left out to keep it."""
     max_queue: int = Field(default=64, ge=1)
     """Requests that may wait for the model before new ones are refused."""
     passages: int = Field(default=3, ge=0, le=50)
@@ -51,8 +61,11 @@ class Settings(BaseModel):
     passage_score: float = Field(default=0.3, ge=-1, le=1)
     """Cosine below which a passage is not worth quoting."""
     context_tokens: int = Field(default=768, ge=0)
+    """Tokens that quoted passages may take, together."""
     host: str = "127.0.0.1"
+    """Address that `serve` listens on; only this machine's own are allowed."""
     port: int = Field(default=8000, ge=0, le=65535)
+    """Port that `serve` listens on; 0 takes a free one."""
     fetch_timeout: float = Field(default=60.0, gt=0)
     """Seconds without a byte after which a download is given up."""
 
@@ -64,7 +77,7 @@ class Settings(BaseModel):
         """
         environ = os.environ if environ is None else environ
         values = _from_environment(environ) | {key: value for key, value in flags.items() if value is not None}
-        home = Path(values.get("home") or cls.model_fields["home"].get_default(call_default_factory=True))
+        home = Path(values.get("home") or cls.model_fields["home"].get_default(call_default_factory=True)).expanduser()
         explicit = environ.get("COLLEGIUM_CONFIG")
         values = _from_file(Path(explicit or home / "collegium.toml"), must_exist=bool(explicit)) | values
         try:

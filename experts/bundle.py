@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import ArtifactCorrupt
-from ..schema import Card, Lora, Release, card_from_dict, card_to_dict
+from ..schema import Card, Lora, Plugin, Release, card_from_dict, card_to_dict
 from .artifacts import ArtifactStore
 from .registry import Registry
 
@@ -20,6 +20,7 @@ def export_release(folder: Path, registry: Registry, artifacts: ArtifactStore, r
     cards = {name: registry.card(version) for name, version in release.aliases.items()}
     for name, card in cards.items():
         (temporary / "cards" / f"{name}.json").write_text(json.dumps(card_to_dict(card), indent=1), "utf-8")
+    (temporary / "artifacts").mkdir()
     for version in _artifacts_of(release, list(cards.values())):
         shutil.copytree(artifacts.verify(version), temporary / "artifacts" / version)
     body = {"aliases": dict(release.aliases), "router": release.router, "indexes": dict(release.indexes)}
@@ -46,5 +47,10 @@ def import_release(folder: Path, registry: Registry, artifacts: ArtifactStore, *
 
 
 def _artifacts_of(release: Release, cards: list[Card]) -> list[str]:
-    adapters = {card.spec.adapter for card in cards if isinstance(card.spec, Lora)}
-    return sorted({release.router, *release.indexes.values(), *adapters})
+    named = {release.router, *release.indexes.values()}
+    for card in cards:
+        if isinstance(card.spec, Lora):
+            named.add(card.spec.adapter)
+        elif isinstance(card.spec, Plugin):
+            named.update(card.spec.artifacts)
+    return sorted(named)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Self
 
+from filelock import FileLock
+
 from ..errors import ArtifactCorrupt
 from ..models.cache import ModelCache
 from ..schema import Base, Card, Evidence, Release
@@ -28,7 +30,9 @@ class Home:
         self.artifacts = ArtifactStore(root / "artifacts")
         self.registry = Registry.open(settings.database_url or f"sqlite:///{root / 'collegium.sqlite'}")
         if self.registry.live() is None and SHIPPED.is_dir():
-            import_release(SHIPPED, self.registry, self.artifacts, note="shipped")
+            with FileLock(root / "seed.lock"):  # of two processes on a new home, one seeds it
+                if self.registry.live() is None:
+                    import_release(SHIPPED, self.registry, self.artifacts, note="shipped")
 
     def __enter__(self) -> Self:
         return self

@@ -7,6 +7,7 @@ contents without, so that `<|im_start|>` in a prompt or a document stays seven h
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ class ChatEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
+        self._lock = threading.Lock()
 
     def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of the conversation, ending where the assistant's answer begins."""
@@ -61,7 +63,7 @@ class ChatEncoder:
 
     def text(self, text: str) -> list[int]:
         """Token ids of plain text; special tokens in it are text."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)) if text else []
+        return self._ids(text, split_special_tokens=True)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
@@ -72,4 +74,11 @@ class ChatEncoder:
         return len(self.text(text))
 
     def _template(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False)) if text else []
+        return self._ids(text, split_special_tokens=False)
+
+    def _ids(self, text: str, *, split_special_tokens: bool) -> list[int]:
+        # The fast tokenizer keeps the option as its own state: without the lock, another thread's template would make
+        # this thread's role tokens special.
+        with self._lock:
+            ids = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split_special_tokens)
+        return list(ids)

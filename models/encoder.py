@@ -30,7 +30,7 @@ class Encoder:
         self._tokenizer = AutoTokenizer.from_pretrained(model.folder)
         self._model = AutoModel.from_pretrained(model.folder).eval()
         limit = _read(model.folder / "sentence_bert_config.json").get("max_seq_length")
-        self._max_tokens = limit or self._model.config.max_position_embeddings
+        self._max_tokens = limit or min(self._tokenizer.model_max_length, self._model.config.max_position_embeddings)
 
     @property
     def dimension(self) -> int:
@@ -69,6 +69,9 @@ def _pools_cls(folder: Path) -> bool:
         for key, on in pooling.items()
         if key.startswith("pooling_mode_") and on is True
     }
+    if named := pooling.get("pooling_mode"):  # sentence-transformers writes names as of 6.2, flags before
+        names = {"mean": "mean_tokens", "cls": "cls_token"}
+        modes = {names.get(mode, mode) for mode in ([named] if isinstance(named, str) else named)}
     if modes - {"mean_tokens", "cls_token"} or len(modes) > 1:
         raise UnsupportedModel(
             f"{folder} pools with {', '.join(sorted(modes))}.", hint="Supported: mean_tokens, cls_token."

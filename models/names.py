@@ -8,8 +8,9 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from ..errors import InvalidRequest
+from ..schema import digest
 
-_PYPI = re.compile(r"pypi:(?P<package>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9._+!-]+)/(?P<path>.+)")
+_PYPI = re.compile(r"pypi:(?P<package>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9._+!-]+)/(?P<path>.+)")
 _HF = re.compile(r"hf:(?P<repo>[A-Za-z0-9._-]+/[A-Za-z0-9._-]+)(@(?P<revision>[A-Za-z0-9._/-]+))?")
 
 
@@ -26,7 +27,8 @@ class ModelName:
     def slug(self) -> str:
         """A folder name for the cache, one per name."""
         parts = (self.location, self.version or "", *(self.path.parts if self.path else ()))
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(part for part in parts if part))
+        readable = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(part for part in parts if part))
+        return f"{readable}-{digest([self.source, *parts])[:8]}"
 
 
 def parse_name(text: str) -> ModelName:
@@ -37,7 +39,7 @@ def parse_name(text: str) -> ModelName:
             return ModelName("pypi", match["package"], match["version"], path)
     elif match := _HF.fullmatch(text):
         return ModelName("hf", match["repo"], match["revision"])
-    elif Path(text).expanduser().is_dir():
+    elif text and Path(text).expanduser().is_dir():
         return ModelName("folder", str(Path(text).expanduser().resolve()))
     raise InvalidRequest(
         f"{text!r} is not the name of a model.",

@@ -88,6 +88,8 @@ class RouterArtifact:
             body = json.loads((folder / "router.json").read_text("utf-8"))
             rows = json.loads((folder / "rows.json").read_text("utf-8"))
             head = body["head"]
+            if len(rows) != len(arrays["embeddings"]):
+                raise ValueError(f"rows.json has {len(rows)} rows, router.safetensors {len(arrays['embeddings'])}")
             return cls(
                 Head(
                     tuple(head["domains"]),

@@ -53,7 +53,9 @@ class Router:
             confidence = max(probabilities.values())
             if domains is not None:
                 total = sum(probabilities[name] for name in domains)
-                probabilities = {name: probabilities[name] / total for name in sorted(domains)}
+                probabilities = {
+                    name: probabilities[name] / total if total else 1 / len(domains) for name in sorted(domains)
+                }
             chosen = head.prediction_set(probabilities)
             out.append(Scores(embedding, probabilities, chosen, confidence, head.threshold, self.version))
         return out

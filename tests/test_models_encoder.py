@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +79,19 @@ def test_vectors_have_length_one_and_keep_their_order(local: Path, load: Callabl
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     for text, vector in zip(TEXTS, vectors, strict=True):
         np.testing.assert_allclose(encoder.encode([text])[0], vector, atol=1e-5)
+
+
+def test_threads_do_not_disturb_each_other(local: Path, load: Callable[[Path], Encoder]) -> None:
+    expected = load(local).encode(TEXTS)
+    encoder = load(local)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns in the middle of things, from the first call on
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda text: encoder.encode([text])[0], TEXTS * 4))
+    finally:
+        sys.setswitchinterval(before)
+    np.testing.assert_allclose(found, np.tile(expected, (4, 1)), atol=1e-5)
 
 
 def test_no_texts_give_no_vectors(local: Path, load: Callable[[Path], Encoder]) -> None:

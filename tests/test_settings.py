@@ -106,7 +106,7 @@ def test_every_wrong_value_is_named_at_once() -> None:
 
 def test_settings_do_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        Settings.load({}).port = 1  # type: ignore[misc]
+        Settings.load({}).port = 1
 
 
 def test_the_process_environment_is_read_by_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,9 @@ class TextStream:
         """What is left at the end, held-back text included."""
         start = max(0, self._shown - 4)
         before = self._decode(self._ids[start : self._shown])
-        rest = "" if self.stopped else self._held + self._decode(self._ids[start:])[len(before) :]
+        if self.stopped:
+            return ""
+        rest = self._release(self._held + self._decode(self._ids[start:])[len(before) :]) + self._held
         self._held, self._shown = "", len(self._ids)
         return rest
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import CollegiumError, ModelUnavailable, Overloaded
+from ...errors import ArtifactCorrupt, CollegiumError, ModelUnavailable, Overloaded
 from ...schema import Delta, FinishReason, Sampling
 from .text import TextStream
 
@@ -155,8 +155,8 @@ class Engine:
             return
         steps = _Steps(job, TextStream(self._decode, job.sampling.stop), self._end)
         prompt = torch.tensor([list(job.prompt)], device=self._model.device)
-        if job.seed is not None:
-            torch.manual_seed(job.seed)
+        # Without a seed of its own, a request must not go on where a seeded one before it stopped.
+        torch.manual_seed(torch.seed() if job.seed is None else job.seed)
         with self._using(job.adapter), torch.inference_mode():
             self._model.generate(
                 input_ids=prompt,
@@ -183,12 +183,29 @@ class Engine:
         return nullcontext()
 
     def _load(self, adapter: Adapter) -> None:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+        from safetensors.torch import load_file
 
-        if not self._loaded:
-            self._model = PeftModel.from_pretrained(self._model, adapter.folder, adapter_name=adapter.version).eval()
+        config = PeftConfig.from_pretrained(str(adapter.folder))
+        config.inference_mode = True
+        weights = load_file(adapter.folder / "adapter_model.safetensors")  # fails before the model is touched
+        if isinstance(self._model, PeftModel):
+            self._model.add_adapter(adapter.version, config)
         else:
-            self._model.load_adapter(adapter.folder, adapter_name=adapter.version)
+            self._model = get_peft_model(self._model, config, adapter_name=adapter.version)
+        self._model.eval()
+        try:
+            found: Any = set_peft_model_state_dict(self._model, weights, adapter_name=adapter.version)
+            missing = [key for key in found.missing_keys if f".{adapter.version}." in key]
+            if missing or found.unexpected_keys:
+                wrong = (missing or found.unexpected_keys)[0]
+                raise ArtifactCorrupt(f"The adapter {adapter.version} does not fit the model at {wrong}.")
+        except BaseException:
+            if self._loaded:
+                self._model.delete_adapter(adapter.version)
+            else:
+                self._model = self._model.unload()  # takes the layers out again
+            raise
         self._loaded[adapter.version] = adapter
         if len(self._loaded) > LOADED_ADAPTERS:
             oldest, _ = self._loaded.popitem(last=False)
@@ -240,4 +257,6 @@ class _Steps:
         return torch.full((ids.shape[0],), self._reason != "length", dtype=torch.bool, device=ids.device)
 
     def finish(self) -> None:
-        self._job.generation.put(Delta(self._text.finish(), finish_reason=self._reason))
+        rest = self._text.finish()
+        reason: FinishReason = "stop" if self._text.stopped else self._reason
+        self._job.generation.put(Delta(rest, finish_reason=reason))
