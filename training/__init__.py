@@ -1,0 +1,1 @@
+"""Training: from examples or documents to a measured, registered expert."""

@@ -1,0 +1,120 @@
+"""Score an expert beside its base on the same rows.
+
+Rows with choices are scored by likelihood: the choice with the highest mean log-probability a token is the answer, so a model
+that does not follow instructions is not punished for its manners. Other rows are generated greedily and compared as text, or,
+for long answers, scored by their negative log-likelihood a token.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..models.chat import ChatEncoder
+from ..schema import Message, Score
+from .examples import Example
+from .scoring import choice_logprobs, generate
+from .wording import ask, wording_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+ANSWER_TOKENS = 64
+"""Longest answer that is generated for a row."""
+LIKELIHOOD_TOKENS = 256
+LOWER_IS_BETTER = frozenset({"nll"})
+Results = dict[tuple[str, str], list[float]]
+"""(task, metric) -> one value a row, in the order of the rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """Scores rows with one model, as it stands."""
+
+    model: PreTrainedModel | PeftModel
+    chat: ChatEncoder
+    end: int
+
+    def score(
+        self, rows: Sequence[Example], progress: Callable[[int, int], None] | None = None
+    ) -> list[Mapping[str, float]]:
+        """The metrics of each row, in the order of `rows`."""
+        generated = self._generate([row for row in rows if not row.choices and wording_of(row).metric != "likelihood"])
+        results = []
+        for done, row in enumerate(rows, 1):
+            results.append(self._measure(row, generated.get(row.id)))
+            if progress:
+                progress(done, len(rows))
+        return results
+
+    def _measure(self, row: Example, answer: str | None) -> Mapping[str, float]:
+        if row.choices:
+            return {"accuracy": float(self._choose(row) == row.answer)}
+        if answer is None:
+            return {"nll": self._nll(row)}
+        same = same_text(answer, row.answer, case=wording_of(row).case)
+        return {"exact_match": float(same), "token_f1": token_f1(answer, row.answer)}
+
+    def _prompt(self, row: Example) -> list[int]:
+        return self.chat.encode([Message("user", ask(row))])
+
+    def _choose(self, row: Example) -> str:
+        scores = choice_logprobs(self.model, self._prompt(row), [self.chat.text(choice) for choice in row.choices])
+        return row.choices[int(np.argmax([np.mean(score) for score in scores]))]
+
+    def _nll(self, row: Example) -> float:
+        answer = self.chat.text(row.answer)[:LIKELIHOOD_TOKENS]
+        return -float(np.mean(choice_logprobs(self.model, self._prompt(row), [answer])[0]))
+
+    def _generate(self, rows: Sequence[Example]) -> Mapping[str, str]:
+        answers = generate(self.model, [self._prompt(row) for row in rows], max_tokens=ANSWER_TOKENS, end=self.end)
+        return {row.id: self.chat.decode(answer) for row, answer in zip(rows, answers, strict=True)}
+
+
+def by_task(rows: Sequence[Example], scores: Sequence[Mapping[str, float]]) -> Results:
+    """Gather the rows' metrics by task."""
+    results: Results = defaultdict(list)
+    for row, metrics in zip(rows, scores, strict=True):
+        for metric, value in metrics.items():
+            results[row.source, metric].append(value)
+    return dict(results)
+
+
+def same_text(answer: str, reference: str, *, case: bool) -> bool:
+    """Whether two answers agree but for white space, a closing full stop and, unless `case` matters, capitals."""
+    ours, theirs = (" ".join(text.split()).removesuffix(".") for text in (answer, reference))
+    return ours == theirs if case else ours.casefold() == theirs.casefold()
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """Harmonic mean of precision and recall over white-space tokens (SQuAD's F1)."""
+    ours, theirs = Counter(answer.split()), Counter(reference.split())
+    common = sum((ours & theirs).values())
+    return 2 * common / (sum(ours.values()) + sum(theirs.values())) if common else 0.0
+
+
+def compare(candidate: Results, base: Results, *, samples: int = 2000, seed: int = 0) -> tuple[Score, ...]:
+    """A `Score` for each task and metric, with the candidate's 95 % bootstrap interval and the base's value."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for (task, metric), values in sorted(candidate.items()):
+        low, high = interval(np.asarray(values), rng, samples)
+        out.append(Score(task, metric, mean(values), low, high, mean(base[task, metric]), len(values)))
+    return tuple(out)
+
+
+def interval(values: np.ndarray, rng: np.random.Generator, samples: int = 2000) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the mean (Efron, 1979)."""
+    means = values[rng.integers(0, len(values), (samples, len(values)))].mean(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return round(float(low), 4), round(float(high), 4)
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean, to four digits."""
+    return round(float(np.mean(values)), 4)

@@ -1,0 +1,42 @@
+"""The gate: a candidate goes live only if it is better than the base model, on rows that it was not trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .evaluate import LOWER_IS_BETTER, Results
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`gain` is the mean over tasks of the paired difference, in the metric's own units, with its 95 % interval."""
+
+    passed: bool
+    gain: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        word = "better" if self.passed else "not better"
+        return (
+            f"{word}: {self.gain:+.4f} (95 % interval {self.low:+.4f} to {self.high:+.4f}) over the mean of the tasks"
+        )
+
+
+def judge(candidate: Results, reference: Results, *, samples: int = 2000, seed: int = 0) -> Verdict:
+    """Compare paired rows by bootstrap within each task. Passes where the whole interval is above zero.
+
+    A task counts once, by its first metric, so that no large task speaks for all.
+    """
+    rng = np.random.default_rng(seed)
+    first = dict(sorted(candidate, reverse=True))
+    gains, resampled = [], []
+    for task, metric in sorted(first.items()):
+        sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
+        gain = sign * (np.asarray(candidate[task, metric]) - np.asarray(reference[task, metric]))
+        gains.append(gain.mean())
+        resampled.append(gain[rng.integers(0, len(gain), (samples, len(gain)))].mean(axis=1))
+    low, high = np.quantile(np.mean(resampled, axis=0), (0.025, 0.975))
+    return Verdict(bool(low > 0), float(np.mean(gains)), float(low), float(high))

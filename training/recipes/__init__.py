@@ -1,0 +1,58 @@
+"""Recipes: how an adapter is trained, found by name. A plug-in adds one through the entry point `collegium.recipes`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ...errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+BUILT_IN = {"lora-sft": "lora_sft"}
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage, steps done and steps in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One training row as token ids: the answer's tokens are the last `len(answer)` of the sequence."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+class Recipe(Protocol):
+    """Trains an adapter on `rows` and writes a PEFT folder; returns what it measured (losses, tokens, options)."""
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        rows: Sequence[Row],
+        folder: Path,
+        *,
+        options: dict[str, Any],
+        progress: Progress,
+    ) -> dict[str, Any]:
+        """Train; raises InvalidRequest for an option that the recipe does not know."""
+
+
+def load_recipe(name: str) -> Recipe:
+    """The recipe of this name; raises InvalidRequest that lists the known ones."""
+    plugins = {entry.name: entry for entry in entry_points(group="collegium.recipes")}
+    if name in BUILT_IN:
+        recipe: Recipe = import_module(f".{BUILT_IN[name]}", __name__).train
+    elif name in plugins:
+        recipe = plugins[name].load()
+    else:
+        raise InvalidRequest(
+            f"There is no recipe {name!r}.", hint=f"Known: {', '.join(sorted({*BUILT_IN, *plugins}))}."
+        )
+    return recipe

@@ -1,0 +1,209 @@
+"""Make a domain live: its index, its router class and its expert, as one release."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ..errors import InvalidRequest, NameTaken, UnknownExpert
+from ..experts.adapters import store_adapter
+from ..experts.home import Home
+from ..models.encoder import Encoder
+from ..retrieval import Chunk, build_index, chunk, read_documents
+from ..router.artifact import RouterArtifact
+from ..router.router import Router
+from ..schema import Base, Card, Evidence, Lora, Release
+
+Progress = Callable[[str, int, int], None]
+RESERVED = frozenset({"auto", "base", "none"})
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+PASSAGES_FOR_ROUTER = 200
+"""Passages that the router learns a domain from, at most; taken evenly over the documents."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewDomain:
+    """What a domain is made from: documents to answer from, prompts that belong to it, a description."""
+
+    name: str
+    description: str = ""
+    docs: tuple[Path, ...] = ()
+    prompts: tuple[str, ...] = ()
+
+
+def register(
+    home: Home,
+    domain: NewDomain,
+    *,
+    name: str | None = None,
+    adapter: Path | None = None,
+    evidence: Evidence | None = None,
+    progress: Progress,
+    notes: Callable[[str], None] = lambda note: None,
+) -> Card:
+    """Publish a release in which `name` (the domain's by default) answers for the domain; returns its card.
+
+    A domain that the router knows keeps its class. `notes` is told, a sentence each, what was not read. Raises
+    InvalidRequest, NameTaken or UnsupportedModel before anything is published.
+    """
+    name = name or domain.name
+    for each in (name, domain.name):
+        _check_name(each)
+    release = home.release()
+    base = home.models.get(home.settings.base_model, progress)
+    encoder = Encoder(home.models.get(home.settings.encoder, progress))
+    _check_free(home, release, name, domain.name)
+    with tempfile.TemporaryDirectory() as scratch:
+        chunks = _chunks(domain, notes)
+        index = _index(home, chunks, encoder, Path(scratch) / "index", progress)
+        router = _router(home, release, domain, chunks, encoder, progress)
+        spec = store_adapter(adapter, base, home.artifacts, Path(scratch) / "adapter") if adapter else None
+    card = _card(home, release, name, domain, spec, base.identity, evidence)
+    home.registry.publish(
+        cards=[card],
+        aliases={name: card.version},
+        router=router,
+        indexes={domain.name: index} if index else {},
+        note=f"add {card.version}",
+    )
+    return card
+
+
+def unregister(home: Home, name: str) -> Release:
+    """Publish a release without the expert `name`; a domain that was added by a user leaves the router and the indexes too.
+
+    Raises UnknownExpert that lists the known ones, or InvalidRequest for the base model.
+    """
+    release = home.release()
+    if name not in release.aliases:
+        raise UnknownExpert(f"There is no expert {name!r}.", hint=f"Known: {', '.join(sorted(release.aliases))}.")
+    if name in {home.settings.fallback, "base"}:
+        raise InvalidRequest(f"{name} answers where no other expert does; it stays.")
+    domain = home.registry.resolve(name, release).domain
+    artifact = RouterArtifact.load(home.artifacts.verify(release.router))
+    router = None
+    origins = zip(artifact.rows.domains, artifact.rows.sources, strict=True)
+    if all(source == f"user:{domain}" for label, source in origins if label == domain):
+        encoder = Encoder(home.models.get(home.settings.encoder))
+        router = _store_router(home, Router(artifact, encoder).remove_domain(domain))
+    return home.registry.publish(
+        aliases={name: None},
+        router=router,
+        indexes={domain: None} if domain in release.indexes else {},
+        note=f"remove {name}",
+    )
+
+
+def _card(
+    home: Home,
+    release: Release,
+    name: str,
+    domain: NewDomain,
+    spec: Lora | None,
+    base: str,
+    evidence: Evidence | None,
+) -> Card:
+    """The expert's card. Without a new adapter, an expert that is live stays what it is, with what was measured of it."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    if spec is None and name in release.aliases:
+        before = home.registry.card(release.aliases[name])
+        description = domain.description or before.evidence.description
+        return replace(before, evidence=replace(before.evidence, description=description))
+    evidence = evidence or Evidence(description=domain.description, created=now)
+    return Card(name, domain.name, spec or Base(), base, evidence=evidence)
+
+
+def read_prompts(paths: Sequence[Path]) -> tuple[str, ...]:
+    """Prompts of a domain: JSON lines with `prompt` or `text`, or any other text file, one a line.
+
+    Raises InvalidRequest naming the file and the line.
+    """
+    prompts = []
+    for path in paths:
+        try:
+            lines = path.read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidRequest(f"{path} cannot be read: {error}.") from None
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                prompts.append(_prompt_of(line, f"{path}:{number}") if path.suffix == ".jsonl" else line.strip())
+    return tuple(prompts)
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+        prompt = row.get("prompt") or row["text"]
+    except (ValueError, LookupError, AttributeError):
+        prompt = None
+    if not isinstance(prompt, str):
+        raise InvalidRequest(f"{where}: no prompt.", hint="A row is a JSON object with prompt (or text).")
+    return prompt
+
+
+def _check_name(name: str) -> None:
+    if name in RESERVED or not NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"{name!r} cannot be a name.",
+            hint=f"Use small letters, digits, - and _, at most 64, and none of {', '.join(sorted(RESERVED))}.",
+        )
+
+
+def _check_free(home: Home, release: Release, name: str, domain: str) -> None:
+    for alias, card in home.cards(release).items():
+        if card.domain == domain and alias != name:
+            raise NameTaken(
+                f"{alias} answers for {domain} already.", hint=f"Remove it first, or register {alias} again."
+            )
+
+
+def _chunks(domain: NewDomain, notes: Callable[[str], None]) -> list[Chunk]:
+    if not domain.docs:
+        return []
+    documents, unread = read_documents(domain.docs)
+    for sentence in unread:
+        notes(sentence)
+    return [piece for document in documents for piece in chunk(document)]
+
+
+def _index(home: Home, chunks: list[Chunk], encoder: Encoder, folder: Path, progress: Progress) -> str | None:
+    if not chunks:
+        return None
+    folder.mkdir()
+    build_index(
+        chunks,
+        encoder.encode,
+        folder,
+        encoder_id=encoder.identity,
+        progress=lambda done, of: progress("indexing passages", done, of),
+    )
+    return home.artifacts.put(folder)
+
+
+def _router(
+    home: Home,
+    release: Release,
+    domain: NewDomain,
+    chunks: list[Chunk],
+    encoder: Encoder,
+    progress: Progress,
+) -> str | None:
+    """The hash of a router that knows the domain, None where the live one does."""
+    router = Router(RouterArtifact.load(home.artifacts.verify(release.router)), encoder)
+    if domain.name in router.domains:
+        return None
+    progress("teaching the router", 0, 0)
+    every = max(1, -(-len(chunks) // PASSAGES_FOR_ROUTER))
+    examples = [*domain.prompts, *(piece.text for piece in chunks[::every])]
+    return _store_router(home, router.add_domain(domain.name, examples, domain.description))
+
+
+def _store_router(home: Home, artifact: RouterArtifact) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        artifact.save(Path(folder))
+        return home.artifacts.put(Path(folder))

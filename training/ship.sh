@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Make the folder shipped/ anew: the router, an expert a domain, and the index over the project's own documents.
+#
+#   COLLEGIUM_DATA=... training/ship.sh [HOME]
+#
+# HOME keeps the jobs, so that a run that was stopped goes on where it was. Without a GPU it takes hours.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+data=${COLLEGIUM_DATA:?names the folder of the data; docs/examples.md says its form}
+export COLLEGIUM_HOME=${1:-build/ship}
+collegium=${COLLEGIUM:-.venv/bin/collegium}
+
+train() { # NAME DESCRIPTION LICENCE LIMIT OPTIONS TASK...
+    local name=$1 description=$2 licence=$3 limit=$4 options=$5
+    shift 5
+    local files=()
+    for task in "$@"; do
+        files+=(--examples "$data/experts/$name/$task.train.jsonl.gz" --test "$data/experts/$name/$task.test.jsonl.gz")
+    done
+    for option in $options; do files+=(--option "$option"); done
+    $collegium train "$name" "${files[@]}" --general "$data/experts/general/self_instruct.train.jsonl.gz" \
+        --description "$description" --licence "$licence" --limit "$limit" --force
+}
+
+# A home is seeded from shipped/ where that exists; a first release made from nothing is what is wanted here.
+rm -rf shipped
+$collegium router fit --train "$data/router/domains.train.jsonl.gz" --dev "$data/router/domains.dev.jsonl.gz"
+train finance "Banking and money: names what a bank's customer wants, explains financial terms." \
+    "CC BY 4.0 (BANKING77)" 3000 "" banking77
+train code "Programming and the shell: turns a task into a bash command, explains code." \
+    "MIT (NL2Bash)" 3000 "" nl2bash
+train law "Law: fairness of contract clauses, privacy policies, short legal questions." \
+    "CC BY 4.0 (Unfair ToS, LegalBench), MIT (PrivacyQA)" 1500 "max_length=320" unfair_tos privacyqa legalbench
+train health "Health: questions of patients, medical exams, what a study found." \
+    "MIT (PubMedQA), Apache-2.0 (MedMCQA), CC BY 4.0 (MedQuAD)" 500 "batch_size=8" pubmedqa medmcqa medquad
+train science "Science at school: physics, biology, chemistry, the Earth." \
+    "CC BY-SA 4.0 (ARC), Apache-2.0 (OpenBookQA)" 1000 "" arc_easy arc_challenge openbookqa
+
+questions=$(mktemp --suffix=.txt)
+sed -n 's/^## \(.*?\)$/\1/p' docs/faq.md > "$questions"
+$collegium experts add collegium --docs README.md --docs docs --examples "$questions" \
+    --description "Collegium, this program: its commands, experts, router, releases, settings and training."
+rm "$questions"
+$collegium releases export shipped
+$collegium experts list
