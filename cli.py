@@ -1,0 +1,303 @@
+"""The command line. Heavy imports are inside the commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from .experts.home import Home
+    from .models.fetch import Progress
+    from .settings import Settings
+
+app = typer.Typer(
+    name="collegium",
+    help="Many domain experts behind one endpoint: a router picks who answers each prompt.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+experts = typer.Typer(help="List, show, add and remove experts.", no_args_is_help=True)
+router = typer.Typer(help="Fit the router.", no_args_is_help=True)
+releases = typer.Typer(help="List releases, go back to one, write one to a folder.", no_args_is_help=True)
+app.add_typer(experts, name="experts")
+app.add_typer(router, name="router")
+app.add_typer(releases, name="releases")
+
+Files = Annotated[list[Path], typer.Option(help="JSON lines with prompt and answer (.jsonl, .jsonl.gz); repeatable.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def main() -> None:
+    """Run a command; what goes wrong is a sentence on standard error and exit status 1."""
+    from .errors import CollegiumError
+
+    # Bars of our own tell what is loading; those of libraries would stand between them and the answer.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except CollegiumError as error:
+        sys.stderr.write(f"collegium: {error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("\ncollegium: stopped\n")
+        sys.exit(130)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"collegium {version('collegium')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    home: Annotated[Path | None, typer.Option(help="Folder for models, experts and the registry.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Settings that hold for every command; the environment (COLLEGIUM_HOME ...) and collegium.toml set them too."""
+    _given.update({"home": home}, quiet=quiet)
+
+
+_given: dict[str, Any] = {}
+
+
+@app.command()
+def chat(
+    prompt: Annotated[str | None, typer.Argument(help="What to ask; without it, a conversation begins.")] = None,
+    expert: Annotated[str | None, typer.Option(help="Who answers, instead of the router's choice.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0 is greedy.")] = None,
+    go_on: Annotated[bool, typer.Option("--continue", help="Go on talking afterwards, on a terminal.")] = False,
+    no_retrieval: Annotated[bool, typer.Option("--no-retrieval", help="Do not look anything up.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Ask the experts: a streamed answer, then who gave it and why."""
+    from .console import converse, show_answer
+
+    settings = _settings(max_tokens=max_tokens, temperature=temperature)
+    ask: dict[str, Any] = {"expert": expert, "retrieve": not no_retrieval}
+    with _progress() as progress:
+        collegium = _open(settings, progress)
+    with collegium:
+        talking = sys.stdin.isatty() and not as_json and (prompt is None or go_on)
+        if talking:
+            converse(collegium, ask, first=prompt)
+        else:
+            text = sys.stdin.read() if prompt is None else prompt
+            show_answer(collegium.stream(text, **ask), as_json=as_json)
+
+
+@app.command()
+def route(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts; without any, one a line on standard input.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show who would answer, without asking. With --json, one JSON object a line."""
+    from .console import show_decision
+
+    settings = _settings()
+    with _progress() as progress:
+        collegium = _open(settings, progress)
+    with collegium:
+        texts = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        for text, decision in zip(texts, collegium.route(list(texts)) if texts else [], strict=True):
+            show_decision(decision, prompt=text, as_json=as_json)
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+) -> None:
+    """Serve the OpenAI-compatible endpoint."""
+    from .service import run
+
+    run(_settings(host=host, port=port))
+
+
+@app.command()
+def train(
+    name: Annotated[str, typer.Argument(help="Name of the expert.")],
+    examples: Files,
+    domain: Annotated[str, typer.Option(help="Domain that it answers for; by default its name.")] = "",
+    description: Annotated[str, typer.Option(help="What it knows, in a sentence.")] = "",
+    test: Annotated[list[Path] | None, typer.Option(help="Rows to measure with; else a tenth is held out.")] = None,
+    general: Annotated[list[Path] | None, typer.Option(help="General chat to mix in, same form.")] = None,
+    recipe: Annotated[str, typer.Option(help="How to train.")] = "lora-sft",
+    option: Annotated[list[str] | None, typer.Option(help="A recipe's option as NAME=VALUE; repeatable.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each examples file, at most.")] = None,
+    test_limit: Annotated[int, typer.Option(min=1, help="Rows of each test file, at most.")] = 100,
+    licence: Annotated[str, typer.Option(help="Licence of the data, for the card.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Register it even if it is not better.")] = False,
+) -> None:
+    """Train an expert, measure it against the base model, and register it if it is better."""
+    from .console import show_card
+    from .training.pipeline import Plan, train_expert
+
+    plan = Plan(
+        name=name,
+        examples=tuple(examples),
+        test=tuple(test or ()),
+        general=tuple(general or ()),
+        domain=domain or name,
+        description=description,
+        recipe=recipe,
+        options=_options(option or []),
+        licence=licence,
+        limit=limit,
+        test_limit=test_limit,
+    )
+    with _home() as home, _progress() as progress:
+        card, verdict = train_expert(plan, home, force=force, progress=progress)
+    show_card(card)
+    typer.echo(f"{card.version} is live. It is {verdict}.")
+
+
+@experts.command("list")
+def list_experts(as_json: AsJson = False) -> None:
+    """Who is live, and what for."""
+    from .console import show_cards
+
+    with _home() as home:
+        show_cards(home.cards(home.release()), as_json=as_json)
+
+
+@experts.command("show")
+def show_expert(name: str, as_json: AsJson = False) -> None:
+    """One expert's card: what it is and what was measured."""
+    from .console import show_card
+
+    with _home() as home:
+        show_card(home.registry.resolve(name, home.release()), as_json=as_json)
+
+
+@experts.command("add")
+def add_expert(
+    name: Annotated[str, typer.Argument(help="Name of the domain and its expert.")],
+    docs: Annotated[list[Path] | None, typer.Option(help="Documents or folders to answer from; repeatable.")] = None,
+    description: Annotated[str, typer.Option(help="What the domain is about, in a sentence.")] = "",
+    examples: Annotated[list[Path] | None, typer.Option(help="Prompts of the domain: JSON lines, or text.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="A PEFT folder (LoRA) to answer with.")] = None,
+) -> None:
+    """Make a domain live at once: an index over its documents and a router class, on the base model or a given adapter."""
+    from .training.register import NewDomain, read_prompts, register
+
+    prompts = read_prompts(examples or [])
+    domain = NewDomain(name, description, tuple(docs or ()), prompts)
+    with _home() as home, _progress() as progress:
+        card = register(home, domain, adapter=adapter, progress=progress, notes=_note)
+    typer.echo(f"{card.version} is live.")
+
+
+@experts.command("remove")
+def remove_expert(name: str) -> None:
+    """Take an expert out of service; earlier releases keep it."""
+    from .training.register import unregister
+
+    with _home() as home:
+        release = unregister(home, name)
+    typer.echo(f"{name} is no longer live (release {release.id}). `collegium releases rollback` brings it back.")
+
+
+@router.command("fit")
+def fit_router(
+    training: Annotated[Path, typer.Option("--train", help="JSON lines with text, domain and source.")],
+    held_out: Annotated[Path, typer.Option("--dev", help="The same, from sources that the training file lacks.")],
+) -> None:
+    """Fit the router anew and publish it. Domains that were added by hand have to be added again."""
+    from .training.fit_router import fit
+
+    with _home() as home, _progress() as progress:
+        release, accuracy = fit(home, training, held_out, progress)
+    typer.echo(json.dumps(accuracy, indent=1))
+    typer.echo(f"Release {release.id} is live.")
+
+
+@releases.command("list")
+def list_releases() -> None:
+    """Every release, newest first; the live one is marked."""
+    with _home() as home:
+        live = home.release().id
+        for release in home.registry.releases():
+            mark = "*" if release.id == live else " "
+            typer.echo(f"{mark} {release.id:>4}  {release.created[:19]}  {release.note}")
+
+
+@releases.command("rollback")
+def rollback(release_id: int) -> None:
+    """Make an earlier release live again."""
+    with _home() as home:
+        home.registry.rollback(release_id)
+    typer.echo(f"Release {release_id} is live.")
+
+
+@releases.command("export")
+def export(folder: Annotated[Path, typer.Argument(help="Folder to write; replaced if it exists.")]) -> None:
+    """Write the live release with its cards and artifacts as a plain folder."""
+    from .experts.bundle import export_release
+
+    with _home() as home:
+        export_release(folder, home.registry, home.artifacts, home.release())
+    typer.echo(f"Wrote {folder}.")
+
+
+def _settings(**flags: Any) -> Settings:
+    from .settings import Settings
+
+    return Settings.load(home=_given.get("home"), **flags)
+
+
+@contextmanager
+def _home() -> Iterator[Home]:
+    from .experts.home import Home
+
+    with Home(_settings()) as home:
+        yield home
+
+
+def _open(settings: Settings, progress: Progress) -> Any:
+    from .runtime import Collegium
+
+    return Collegium.open(settings, progress=progress)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar on standard error for each long piece of work, with the time left; silent where nobody looks."""
+    from .console import progress_bars
+
+    with progress_bars(quiet=bool(_given.get("quiet"))) as report:
+        yield report
+
+
+def _options(pairs: list[str]) -> dict[str, Any]:
+    from .errors import InvalidRequest
+
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        name, found, value = pair.partition("=")
+        if not found:
+            raise InvalidRequest(f"--option {pair!r} is not NAME=VALUE.")
+        try:
+            out[name.replace("-", "_")] = json.loads(value)
+        except json.JSONDecodeError:
+            out[name.replace("-", "_")] = value
+    return out
+
+
+def _note(sentence: str) -> None:
+    typer.echo(sentence, err=True)
