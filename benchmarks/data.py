@@ -1,0 +1,40 @@
+"""Where the benchmarks' data is, and which tasks each shipped expert is measured on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+TASKS = {
+    "finance": ("banking77",),
+    "code": ("nl2bash",),
+    "law": ("unfair_tos", "privacyqa", "legalbench"),
+    "health": ("pubmedqa", "medmcqa", "medquad"),
+    "science": ("arc_easy", "arc_challenge", "openbookqa"),
+}
+"""Domain -> tasks, the files `experts/<domain>/<task>.{train,test}.jsonl.gz` of the data folder."""
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument(
+        "--data",
+        type=Path,
+        default=Path(os.environ.get("COLLEGIUM_DATA", Path(__file__).parent.parent.parent / "shared" / "data")),
+        help="folder of the data (docs/examples.md); default: COLLEGIUM_DATA",
+    )
+    options.add_argument("--quick", action="store_true", help="fewer rows: minutes instead of an hour")
+    options.add_argument("--json", type=Path, help="write the figures here too")
+    return options
+
+
+def need(folder: Path) -> Path:
+    """The folder, or an end with a sentence that says what to do."""
+    if not folder.is_dir():
+        sys.exit(
+            f"{folder} does not exist. Name the data with --data or COLLEGIUM_DATA (docs/examples.md says its form)."
+        )
+    return folder
