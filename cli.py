@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,8 @@ def main() -> None:
     """Run a command; what goes wrong is a sentence on standard error and exit status 1."""
     from .errors import CollegiumError
 
+    if not sys.warnoptions:  # what libraries tell developers of each other is not for the user of a command
+        warnings.simplefilter("ignore")
     # Bars of our own tell what is loading; those of libraries would stand between them and the answer.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

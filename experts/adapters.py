@@ -27,8 +27,10 @@ def store_adapter(folder: Path, base: CachedModel, artifacts: ArtifactStore, scr
     _check_shapes(folder / WEIGHTS, base)
     scratch.mkdir(parents=True)
     try:
-        for name in (CONFIG, WEIGHTS):
-            shutil.copyfile(folder / name, scratch / name)
+        shutil.copyfile(folder / WEIGHTS, scratch / WEIGHTS)
+        # The card says which base it belongs to. A path of the machine that trained it would change the content hash.
+        portable = json.dumps({**config, "base_model_name_or_path": None}, indent=1, sort_keys=True)
+        (scratch / CONFIG).write_text(portable, "utf-8")
         return Lora(adapter=artifacts.put(scratch), rank=int(config["r"]))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

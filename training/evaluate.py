@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 ANSWER_TOKENS = 64
 """Longest answer that is generated for a row."""
 LIKELIHOOD_TOKENS = 256
+FREE_QUESTIONS = "free_questions"
+"""The pseudo-task of the probes; its metric is the share that is answered in sentences, not with a label."""
+SHORTEST_SENTENCE = 12
+"""Words from which an answer to a free question counts as sentences."""
 LOWER_IS_BETTER = frozenset({"nll"})
 Results = dict[tuple[str, str], list[float]]
 """(task, metric) -> one value a row, in the order of the rows."""
@@ -53,6 +58,8 @@ class Scorer:
         return results
 
     def _measure(self, row: Example, answer: str | None) -> Mapping[str, float]:
+        if row.source == FREE_QUESTIONS:
+            return {"in_sentences": float(len((answer or "").split()) >= SHORTEST_SENTENCE)}
         if row.choices:
             return {"accuracy": float(self._choose(row) == row.answer)}
         if answer is None:
@@ -74,6 +81,15 @@ class Scorer:
     def _generate(self, rows: Sequence[Example]) -> Mapping[str, str]:
         answers = generate(self.model, [self._prompt(row) for row in rows], max_tokens=ANSWER_TOKENS, end=self.end)
         return {row.id: self.chat.decode(answer) for row, answer in zip(rows, answers, strict=True)}
+
+
+def probes(domain: str) -> list[Example]:
+    """Free questions that nobody trains on: the domain's, or general ones for a domain that has none."""
+    import yaml
+
+    questions = yaml.safe_load((Path(__file__).parent / "probes.yaml").read_text("utf-8"))
+    texts = questions.get(domain, questions["general"])
+    return [Example(text, "", f"probe-{number}", FREE_QUESTIONS) for number, text in enumerate(texts, 1)]
 
 
 def by_task(rows: Sequence[Example], scores: Sequence[Mapping[str, float]]) -> Results:

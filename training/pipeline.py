@@ -16,7 +16,7 @@ from ..models.chat import ChatEncoder
 from ..models.load import load_lm, load_tokenizer, pick_device, pick_dtype
 from ..schema import Card, Evidence, digest
 from ..settings import Settings
-from .evaluate import Results, Scorer, by_task, compare
+from .evaluate import Results, Scorer, by_task, compare, probes
 from .examples import Example, read_examples
 from .gate import Verdict, judge
 from .prepare import rehearse, token_rows
@@ -118,7 +118,7 @@ def evaluate_adapter(
         model = load_lm(base, device=device, dtype=pick_dtype(settings.precision, device))
         tuned = PeftModel.from_pretrained(model, str(adapter)).eval()
         scorer = Scorer(tuned, ChatEncoder(tokenizer), int(tokenizer.eos_token_id))
-        _, rows = split(plan)
+        rows = [*split(plan)[1], *probes(plan.domain or plan.name)]
         candidate = by_task(rows, scorer.score(rows, lambda done, of: progress("measuring the expert", done, of)))
         with tuned.disable_adapter():
             reference = by_task(rows, scorer.score(rows, lambda done, of: progress("measuring the base", done, of)))

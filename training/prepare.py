@@ -21,17 +21,17 @@ from .wording import ask
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-REHEARSALS = 2
-"""How often each rehearsed answer is shown."""
-REHEARSED_QUESTIONS = 16
-"""Questions of a domain that are answered before training."""
+REHEARSALS = 4
+"""How often each rehearsed answer is shown: shown twice, an expert still took a free question for a row of its task."""
+GENERAL_QUESTIONS = 16
+"""General questions that are rehearsed beside the domain's own."""
 REHEARSED_TOKENS = 128
 
 
 def rehearse(model: PreTrainedModel, chat: ChatEncoder, end: int, domain: str) -> list[Row]:
     """The base model's own answers to the free questions of `domain` and to general ones."""
-    domains = dict.fromkeys(["general", domain])
-    questions = [question for each in domains for question in free_questions().get(each, ())[:REHEARSED_QUESTIONS]]
+    questions = [*free_questions()["general"][:GENERAL_QUESTIONS], *free_questions().get(domain, ())]
+    questions = list(dict.fromkeys(questions))
     prompts = [chat.encode([Message("user", question)]) for question in questions]
     answers = generate(model, prompts, max_tokens=REHEARSED_TOKENS, end=end)
     # An answer that was cut at the limit did not end, so none is taught there.

@@ -3,6 +3,7 @@
 #
 #   COLLEGIUM_DATA=... training/ship.sh [HOME]
 #
+# An expert that its gate would refuse is shipped all the same, and its card says so (--force).
 # HOME keeps the jobs, so that a run that was stopped goes on where it was. Without a GPU it takes hours.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -26,15 +27,15 @@ train() { # NAME DESCRIPTION LICENCE LIMIT OPTIONS TASK...
 rm -rf shipped
 $collegium router fit --train "$data/router/domains.train.jsonl.gz" --dev "$data/router/domains.dev.jsonl.gz"
 train finance "Banking and money: names what a bank's customer wants, explains financial terms." \
-    "CC BY 4.0 (BANKING77)" 3000 "" banking77
+    "CC BY 4.0 (BANKING77)" 1600 "" banking77
 train code "Programming and the shell: turns a task into a bash command, explains code." \
-    "MIT (NL2Bash)" 3000 "" nl2bash
+    "MIT (NL2Bash)" 1600 "" nl2bash
 train law "Law: fairness of contract clauses, privacy policies, short legal questions." \
-    "CC BY 4.0 (Unfair ToS, LegalBench), MIT (PrivacyQA)" 1500 "max_length=320" unfair_tos privacyqa legalbench
+    "CC BY 4.0 (Unfair ToS, LegalBench), MIT (PrivacyQA)" 600 "max_length=320" unfair_tos privacyqa legalbench
 train health "Health: questions of patients, medical exams, what a study found." \
-    "MIT (PubMedQA), Apache-2.0 (MedMCQA), CC BY 4.0 (MedQuAD)" 500 "batch_size=8" pubmedqa medmcqa medquad
+    "MIT (PubMedQA), Apache-2.0 (MedMCQA), CC BY 4.0 (MedQuAD)" 250 "" pubmedqa medmcqa medquad
 train science "Science at school: physics, biology, chemistry, the Earth." \
-    "CC BY-SA 4.0 (ARC), Apache-2.0 (OpenBookQA)" 1000 "" arc_easy arc_challenge openbookqa
+    "CC BY-SA 4.0 (ARC), Apache-2.0 (OpenBookQA)" 600 "" arc_easy arc_challenge openbookqa
 
 questions=$(mktemp --suffix=.txt)
 sed -n 's/^## \(.*?\)$/\1/p' docs/faq.md > "$questions"

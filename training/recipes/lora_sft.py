@@ -134,8 +134,5 @@ def _save(model: Any, folder: Path) -> None:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(torch.bfloat16)
-    model.peft_config[
-        "default"
-    ].base_model_name_or_path = None  # the card says which base; a local path means nothing elsewhere
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
