@@ -129,7 +129,11 @@ def serve(
     """Serve the OpenAI-compatible endpoint."""
     from .service import run
 
-    run(_settings(host=host, port=port))
+    settings = _settings(host=host, port=port)
+    with _home(settings) as home, _progress() as progress:  # the first time, show that models are being fetched
+        for model in (settings.encoder, settings.base_model):
+            home.models.get(model, progress)
+    run(settings)
 
 
 @app.command()
@@ -265,10 +269,10 @@ def _settings(**flags: Any) -> Settings:
 
 
 @contextmanager
-def _home() -> Iterator[Home]:
+def _home(settings: Settings | None = None) -> Iterator[Home]:
     from .experts.home import Home
 
-    with Home(_settings()) as home:
+    with Home(settings or _settings()) as home:
         yield home
 
 

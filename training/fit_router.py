@@ -23,7 +23,6 @@ def fit(home: Home, training: Path, held_out: Path, progress: Progress) -> tuple
     with tempfile.TemporaryDirectory() as folder:
         artifact.save(Path(folder))
         version = home.artifacts.put(Path(folder))
-    release = home.registry.publish(
-        cards=[base], aliases={"base": base.version}, router=version, note=f"fit the router on {training.name}"
-    )
+    note = f"fit the router on {training.name}"
+    release = home.registry.publish(cards=[base], aliases={"base": base.version}, router=version, note=note)
     return release, artifact.provenance["accuracy"]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+
+from filelock import FileLock
 
 from ..errors import InvalidRequest, NameTaken, UnknownExpert
 from ..experts.adapters import store_adapter
@@ -54,6 +57,19 @@ def register(
     name = name or domain.name
     for each in (name, domain.name):
         _check_name(each)
+    with one_at_a_time(home):
+        return _register(home, domain, name, adapter, evidence, progress, notes)
+
+
+def _register(
+    home: Home,
+    domain: NewDomain,
+    name: str,
+    adapter: Path | None,
+    evidence: Evidence | None,
+    progress: Progress,
+    notes: Callable[[str], None],
+) -> Card:
     release = home.release()
     base = home.models.get(home.settings.base_model, progress)
     encoder = Encoder(home.models.get(home.settings.encoder, progress))
@@ -79,6 +95,11 @@ def unregister(home: Home, name: str) -> Release:
 
     Raises UnknownExpert that lists the known ones, or InvalidRequest for the base model.
     """
+    with one_at_a_time(home):
+        return _unregister(home, name)
+
+
+def _unregister(home: Home, name: str) -> Release:
     release = home.release()
     if name not in release.aliases:
         raise UnknownExpert(f"There is no expert {name!r}.", hint=f"Known: {', '.join(sorted(release.aliases))}.")
@@ -87,8 +108,8 @@ def unregister(home: Home, name: str) -> Release:
     domain = home.registry.resolve(name, release).domain
     artifact = RouterArtifact.load(home.artifacts.verify(release.router))
     router = None
-    origins = zip(artifact.rows.domains, artifact.rows.sources, strict=True)
-    if all(source == f"user:{domain}" for label, source in origins if label == domain):
+    rows = zip(artifact.rows.domains, artifact.rows.sources, strict=True)
+    if {source for label, source in rows if label == domain} == {f"user:{domain}"}:
         encoder = Encoder(home.models.get(home.settings.encoder))
         router = _store_router(home, Router(artifact, encoder).remove_domain(domain))
     return home.registry.publish(
@@ -97,6 +118,13 @@ def unregister(home: Home, name: str) -> Release:
         indexes={domain: None} if domain in release.indexes else {},
         note=f"remove {name}",
     )
+
+
+@contextmanager
+def one_at_a_time(home: Home) -> Iterator[None]:
+    """Hold back others that build on the live release: of two new routers at once, one would forget the other's domain."""
+    with FileLock(home.root / "register.lock"):
+        yield
 
 
 def _card(
@@ -110,8 +138,8 @@ def _card(
 ) -> Card:
     """The expert's card. Without a new adapter, an expert that is live stays what it is, with what was measured of it."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    if spec is None and name in release.aliases:
-        before = home.registry.card(release.aliases[name])
+    before = home.registry.card(release.aliases[name]) if name in release.aliases else None
+    if spec is None and before is not None and before.base == base:
         description = domain.description or before.evidence.description
         return replace(before, evidence=replace(before.evidence, description=description))
     evidence = evidence or Evidence(description=domain.description, created=now)
@@ -156,6 +184,10 @@ def _check_name(name: str) -> None:
 
 def _check_free(home: Home, release: Release, name: str, domain: str) -> None:
     for alias, card in home.cards(release).items():
+        if alias == name and card.domain != domain:
+            raise NameTaken(
+                f"{name} answers for {card.domain or 'no domain'}, not for {domain}.", hint="Remove it first."
+            )
         if card.domain == domain and alias != name:
             raise NameTaken(
                 f"{alias} answers for {domain} already.", hint=f"Remove it first, or register {alias} again."
