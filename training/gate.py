@@ -14,18 +14,25 @@ KEPT = 0.75
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`gain` is the mean over tasks of the paired difference, in the metric's own units, with its 95 % interval."""
+    """`gain` is the mean over tasks of the paired difference, in each metric's own units, with its 95 % interval.
 
-    passed: bool
+    `talks` says whether free questions are still answered in sentences.
+    """
+
     gain: float
     low: float
     high: float
+    talks: bool
+
+    @property
+    def passed(self) -> bool:
+        """Better on its tasks beyond doubt, and still able to talk."""
+        return self.low > 0 and self.talks
 
     def __str__(self) -> str:
-        word = "better" if self.passed else "not better"
-        return (
-            f"{word}: {self.gain:+.4f} (95 % interval {self.low:+.4f} to {self.high:+.4f}) over the mean of the tasks"
-        )
+        word = "better" if self.low > 0 else "not better"
+        silent = "" if self.talks else "; but it answers free questions with labels instead of sentences"
+        return f"{word}: {self.gain:+.4f} a task (95 % interval {self.low:+.4f} to {self.high:+.4f}){silent}"
 
 
 def judge(candidate: Results, reference: Results, *, samples: int = 2000, seed: int = 0) -> Verdict:
