@@ -98,7 +98,7 @@ def chat(
         if talking:
             converse(collegium, ask, first=prompt)
         else:
-            text = sys.stdin.read() if prompt is None else prompt
+            text = _standard_input() if prompt is None else prompt
             show_answer(collegium.stream(text, **ask), as_json=as_json)
 
 
@@ -116,7 +116,7 @@ def route(
     with _progress() as progress:
         collegium = _open(settings, progress)
     with collegium:
-        texts = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        texts = prompts or [line for line in _standard_input().splitlines() if line.strip()]
         for text, decision in zip(texts, collegium.route(list(texts)) if texts else [], strict=True):
             show_decision(decision, prompt=text, as_json=as_json)
 
@@ -217,7 +217,8 @@ def remove_expert(name: str) -> None:
 
     with _home() as home:
         release = unregister(home, name)
-    typer.echo(f"{name} is no longer live (release {release.id}). `collegium releases rollback` brings it back.")
+    back = f"`collegium releases rollback {release.parent}` brings it back"
+    typer.echo(f"{name} is no longer live (release {release.id}); {back}.")
 
 
 @router.command("fit")
@@ -291,13 +292,22 @@ def _progress() -> Iterator[Progress]:
         yield report
 
 
+def _standard_input() -> str:
+    from .errors import InvalidRequest
+
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"Standard input is not UTF-8 text: {error}.", hint="Convert it first.") from None
+
+
 def _options(pairs: list[str]) -> dict[str, Any]:
     from .errors import InvalidRequest
 
     out: dict[str, Any] = {}
     for pair in pairs:
         name, found, value = pair.partition("=")
-        if not found:
+        if not found or not name:
             raise InvalidRequest(f"--option {pair!r} is not NAME=VALUE.")
         try:
             out[name.replace("-", "_")] = json.loads(value)

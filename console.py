@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from .models.fetch import Progress
     from .runtime import Answer, Collegium
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, soft_wrap=True, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 
 WHY = {
     "routed": "the router chose it",
@@ -39,7 +39,7 @@ def progress_bars(*, quiet: bool) -> Iterator[Progress]:
     """Hand out `report(what, done, total)`; total 0 means that nobody knows."""
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-    if quiet:
+    if quiet or not err.is_terminal:
         yield lambda what, done, total: None
         return
     columns = (
@@ -63,7 +63,8 @@ def show_answer(answer: Answer, *, as_json: bool = False) -> None:
     """Stream an answer, then say who gave it, why, and from what."""
     for delta in answer:
         if not as_json:
-            out.print(escape(delta.text), end="")
+            sys.stdout.write(delta.text)  # as it is: no markup, no wrapping
+            sys.stdout.flush()
     reply = answer.reply
     if as_json:
         body = {
@@ -114,7 +115,8 @@ def show_decision(decision: Decision, *, prompt: str, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps({"prompt": prompt, **decision_to_dict(decision)}, ensure_ascii=False) + "\n")
         return
-    out.print(f"[bold]{escape(prompt)}[/]")
+    sys.stdout.write(f"{prompt}\n")
+    sys.stdout.flush()
     out.print(f"{decision.expert} · {WHY[decision.reason]}")
     _show_bars(decision)
 
@@ -127,7 +129,7 @@ def show_cards(cards: Mapping[str, Card], *, as_json: bool) -> None:
     table = Table("expert", "kind", "domain", "measured against base", "description", box=None, header_style="bold")
     for _, card in sorted(cards.items()):
         scores = ", ".join(f"{score.task} {score.value:.2f} ({score.base:.2f})" for score in card.evidence.scores[:3])
-        table.add_row(card.version, card.spec.kind, card.domain, scores, card.evidence.description)
+        table.add_row(card.version, card.spec.kind, card.domain, scores, escape(card.evidence.description))
     out.print(table)
 
 

@@ -13,7 +13,6 @@ from ..schema import Lora
 from .artifacts import ArtifactStore
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 
 
 def store_adapter(folder: Path, base: CachedModel, artifacts: ArtifactStore, scratch: Path) -> Lora:
@@ -24,14 +23,14 @@ def store_adapter(folder: Path, base: CachedModel, artifacts: ArtifactStore, scr
     """
     config = _read_config(folder)
     _refuse_unsupported(config)
-    _check_shapes(folder / WEIGHTS, base)
+    _check_shapes(folder, base)
     scratch.mkdir(parents=True)
     try:
         shutil.copyfile(folder / WEIGHTS, scratch / WEIGHTS)
         # The card says which base it belongs to. A path of the machine that trained it would change the content hash.
         portable = json.dumps({**config, "base_model_name_or_path": None}, indent=1, sort_keys=True)
         (scratch / CONFIG).write_text(portable, "utf-8")
-        return Lora(adapter=artifacts.put(scratch), rank=int(config["r"]))
+        return Lora(adapter=artifacts.put(scratch), rank=int(config.get("r", 8)))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -41,43 +40,63 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if not (folder / name).is_file():
             raise InvalidRequest(f"{folder} has no {name}.", hint="Name a PEFT adapter folder (safetensors).")
     try:
-        return dict(json.loads((folder / CONFIG).read_text("utf-8")))
+        config = json.loads((folder / CONFIG).read_text("utf-8"))
     except ValueError as error:
-        raise InvalidRequest(f"{folder / CONFIG} is not JSON: {error}.") from None
+        raise InvalidRequest(f"{folder / CONFIG} is not JSON: {error}.", hint="Save the adapter again.") from None
+    if not isinstance(config, dict) or "peft_type" not in config or not isinstance(config.get("r", 0), int):
+        raise InvalidRequest(
+            f"{folder / CONFIG} is not the configuration of an adapter.", hint="Save the adapter again."
+        )
+    return config
 
 
 def _refuse_unsupported(config: dict[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise UnsupportedModel(f"The adapter is of the type {config.get('peft_type')}.", hint="Supported: LORA.")
-    wanted = {"use_dora": config.get("use_dora"), "modules_to_save": config.get("modules_to_save")}
-    wanted["bias"] = config.get("bias", "none") != "none"
-    if names := [name for name, value in wanted.items() if value]:
+    if config["peft_type"] != "LORA":
+        raise UnsupportedModel(f"The adapter is of the type {config['peft_type']}.", hint="Supported: LORA.")
+    used = {name: config.get(name) for name in ("use_dora", "modules_to_save", "layer_replication")}
+    used["bias"] = config.get("bias", "none") != "none"
+    # These initialisations change the base model's own weights, which all experts share.
+    start = config.get("init_lora_weights", True)
+    used[f"init_lora_weights={start}"] = start not in (True, False, "gaussian")
+    if names := [name for name, value in used.items() if value]:
         raise UnsupportedModel(
             f"The adapter uses {', '.join(names)}, which is not supported.", hint="Train plain LoRA."
         )
 
 
-def _check_shapes(weights: Path, base: CachedModel) -> None:
-    """Hold every A [r, in] and B [out, r] against the base's layer of that name, without loading the base."""
-    import torch
+def _check_shapes(folder: Path, base: CachedModel) -> None:
+    """Hold every tensor against what PEFT expects on the base model, which is built without weights for that."""
     from safetensors import SafetensorError, safe_open
+
+    expected = _expected_shapes(folder, base)
+    try:
+        with safe_open(folder / WEIGHTS, "np") as file:
+            found = {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
+    except SafetensorError as error:
+        raise InvalidRequest(f"{folder / WEIGHTS} is not a safetensors file: {error}.", hint="Save it again.") from None
+    for key in sorted({*expected, *found}):
+        if expected.get(key) != found.get(key):
+            raise UnsupportedModel(
+                f"{key} is {found.get(key, 'missing')}, the base model needs {expected.get(key, 'nothing there')}.",
+                hint=f"The adapter must have been trained on {base.name}.",
+            )
+
+
+def _expected_shapes(folder: Path, base: CachedModel) -> dict[str, tuple[int, ...]]:
+    import torch
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
     from transformers import AutoConfig, AutoModelForCausalLM
 
     build: Any = AutoModelForCausalLM  # from_config has no types
     with torch.device("meta"):
         model = build.from_config(AutoConfig.from_pretrained(base.folder))
-    layers = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    try:
-        with safe_open(weights, "np") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
-    except SafetensorError as error:
-        raise InvalidRequest(f"{weights} is not a safetensors file: {error}.") from None
-    for key, shape in shapes.items():
-        layer, _, part = key.removeprefix(_PREFIX).partition(".lora_")
-        out_in = layers.get(f"{layer}.weight")
-        fits = out_in is not None and (shape[1] == out_in[1] if part.startswith("A") else shape[0] == out_in[0])
-        if not fits:
+        try:
+            config: Any = PeftConfig.from_pretrained(str(folder))
+            config.init_lora_weights = False
+            config.base_model_name_or_path = None
+            adapted = get_peft_model(model, config)
+        except (ValueError, TypeError) as error:
             raise UnsupportedModel(
-                f"{key} {list(shape)} does not fit the base model, whose {layer} is {list(out_in or ())}.",
-                hint=f"The adapter must have been trained on {base.name}.",
-            )
+                f"The adapter does not fit the base model: {error}", hint=f"It must have been trained on {base.name}."
+            ) from error
+    return {key: tuple(tensor.shape) for key, tensor in get_peft_model_state_dict(adapted).items()}

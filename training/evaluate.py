@@ -49,12 +49,12 @@ class Scorer:
         self, rows: Sequence[Example], progress: Callable[[int, int], None] | None = None
     ) -> list[Mapping[str, float]]:
         """The metrics of each row, in the order of `rows`."""
-        generated = self._generate([row for row in rows if not row.choices and wording_of(row).metric != "likelihood"])
+        generated = self._generate(rows)
         results = []
-        for done, row in enumerate(rows, 1):
-            results.append(self._measure(row, generated.get(row.id)))
+        for at, row in enumerate(rows):
+            results.append(self._measure(row, generated.get(at)))
             if progress:
-                progress(done, len(rows))
+                progress(at + 1, len(rows))
         return results
 
     def _measure(self, row: Example, answer: str | None) -> Mapping[str, float]:
@@ -78,9 +78,16 @@ class Scorer:
         answer = self.chat.text(row.answer)[:LIKELIHOOD_TOKENS]
         return -float(np.mean(choice_logprobs(self.model, self._prompt(row), [answer])[0]))
 
-    def _generate(self, rows: Sequence[Example]) -> Mapping[str, str]:
-        answers = generate(self.model, [self._prompt(row) for row in rows], max_tokens=ANSWER_TOKENS, end=self.end)
-        return {row.id: self.chat.decode(answer) for row, answer in zip(rows, answers, strict=True)}
+    def _generate(self, rows: Sequence[Example]) -> dict[int, str]:
+        """Answers by place in `rows`, for those that are compared as text."""
+        places = [at for at, row in enumerate(rows) if not row.choices and not self._is_long(row)]
+        prompts = [self._prompt(rows[at]) for at in places]
+        answers = generate(self.model, prompts, max_tokens=ANSWER_TOKENS, end=self.end)
+        return {at: self.chat.decode(answer) for at, answer in zip(places, answers, strict=True)}
+
+    def _is_long(self, row: Example) -> bool:
+        """Whether the answer is scored by its likelihood: it would not be met word by word."""
+        return wording_of(row).metric == "likelihood" or self.chat.count(row.answer) > ANSWER_TOKENS
 
 
 def probes(domain: str) -> list[Example]:

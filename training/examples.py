@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,13 +51,13 @@ def read_examples(paths: Iterable[Path], *, limit: int | None = None) -> list[Ex
 def _read_file(path: Path) -> Iterator[Example]:
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
+        with opener(path, "rt", encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield _read_row(line, f"{path}:{number}", path.name.split(".")[0], number)
     except FileNotFoundError:
         raise InvalidRequest(f"{path} does not exist.", hint="Name .jsonl or .jsonl.gz files.") from None
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, IsADirectoryError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InvalidRequest(f"{path} cannot be read as JSON lines: {error}.") from None
 
 
@@ -70,8 +71,8 @@ def _read_row(line: str, where: str, source: str, number: int) -> Example:
     ):
         raise InvalidRequest(f"{where}: a row needs 'prompt' and 'answer', both text that is not empty.")
     choices = row.get("choices") or []
-    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise InvalidRequest(f"{where}: 'choices' is a list of texts.")
+    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        raise InvalidRequest(f"{where}: 'choices' is a list of texts, none of them empty.")
     if choices and row["answer"] not in choices:
         raise InvalidRequest(f"{where}: the answer {row['answer']!r} is not among the choices.")
     given = {key: str(row[key]) for key in _TEXT_FIELDS if row.get(key) is not None}

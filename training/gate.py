@@ -8,6 +8,8 @@ import numpy as np
 
 from .evaluate import FREE_QUESTIONS, LOWER_IS_BETTER, Results
 
+FEWEST_ROWS = 5
+"""Rows of a task from which a difference is believed."""
 KEPT = 0.75
 """Share of the free questions that the base answers in sentences which a candidate must answer so too."""
 
@@ -16,23 +18,25 @@ KEPT = 0.75
 class Verdict:
     """`gain` is the mean over tasks of the paired difference, in each metric's own units, with its 95 % interval.
 
-    `talks` says whether free questions are still answered in sentences.
+    `talks` says whether free questions are still answered in sentences, `rows` how many rows the smallest task has.
     """
 
     gain: float
     low: float
     high: float
     talks: bool
+    rows: int
 
     @property
     def passed(self) -> bool:
         """Better on its tasks beyond doubt, and still able to talk."""
-        return self.low > 0 and self.talks
+        return self.low > 0 and self.talks and self.rows >= FEWEST_ROWS
 
     def __str__(self) -> str:
-        word = "better" if self.low > 0 else "not better"
+        word = "better" if self.passed else "not better"
         silent = "" if self.talks else "; but it answers free questions with labels instead of sentences"
-        return f"{word}: {self.gain:+.4f} a task (95 % interval {self.low:+.4f} to {self.high:+.4f}){silent}"
+        few = f"; but {self.rows} rows are too few to tell" if self.rows < FEWEST_ROWS else ""
+        return f"{word}: {self.gain:+.4f} a task (95 % interval {self.low:+.4f} to {self.high:+.4f}){silent}{few}"
 
 
 def judge(candidate: Results, reference: Results, *, samples: int = 2000, seed: int = 0) -> Verdict:
@@ -49,8 +53,9 @@ def judge(candidate: Results, reference: Results, *, samples: int = 2000, seed: 
         gain = sign * (np.asarray(candidate[task, metric]) - np.asarray(reference[task, metric]))
         gains.append(gain.mean())
         resampled.append(gain[rng.integers(0, len(gain), (samples, len(gain)))].mean(axis=1))
+    fewest = min(len(candidate[key]) for key in first.items())
     low, high = np.quantile(np.mean(resampled, axis=0), (0.025, 0.975))
-    return Verdict(float(np.mean(gains)), float(low), float(high), _talks(candidate, reference))
+    return Verdict(float(np.mean(gains)), float(low), float(high), _talks(candidate, reference), fewest)
 
 
 def _talks(candidate: Results, reference: Results) -> bool:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import GateRefused
+from ..errors import GateRefused, InvalidRequest
 from ..experts.home import Home
 from ..models.cache import CachedModel, sha256
 from ..models.chat import ChatEncoder
@@ -18,10 +18,10 @@ from ..schema import Card, Evidence, digest
 from ..settings import Settings
 from .evaluate import Results, Scorer, by_task, compare, probes
 from .examples import Example, read_examples
-from .gate import Verdict, judge
+from .gate import FEWEST_ROWS, Verdict, judge
 from .prepare import rehearse, token_rows
 from .recipes import Progress, Row, load_recipe
-from .register import NewDomain, register
+from .register import NewDomain, check_names, register
 from .stages import Stages
 from .wording import close_labels
 
@@ -62,6 +62,8 @@ def job_folder(jobs: Path, plan: Plan, base: CachedModel) -> Path:
         for kind, paths in (("examples", plan.examples), ("general", plan.general))
     }
     what = [plan.name, plan.domain, plan.recipe, plan.options, plan.limit, plan.seed, base.identity, files]
+    if not plan.test:  # then it decides which rows are held out of the examples
+        what.append(plan.test_limit)
     return jobs / f"{plan.name}-{digest(what)[:12]}"
 
 
@@ -102,7 +104,11 @@ def split(plan: Plan) -> tuple[list[Example], list[Example]]:
     if plan.test:
         return rows, close_labels(read_examples(plan.test, limit=plan.test_limit), rows)
     shuffled = random.Random(plan.seed).sample(rows, len(rows))
-    held_out = max(1, min(plan.test_limit, len(rows) // HELD_OUT))
+    held_out = min(plan.test_limit, max(len(rows) // HELD_OUT, min(FEWEST_ROWS, len(rows) // 2)))
+    if not held_out:
+        raise InvalidRequest(
+            "One example is too few: some are trained on, others are held out.", hint="Give ten at least."
+        )
     return shuffled[held_out:], close_labels(shuffled[:held_out], shuffled[held_out:])
 
 
@@ -133,6 +139,11 @@ def train_expert(plan: Plan, home: Home, *, force: bool, progress: Progress) -> 
 
     Raises GateRefused with the numbers where the candidate is not better than the base, unless `force`d.
     """
+    # What can be wrong is found before hours are spent on it.
+    check_names(home, plan.name, plan.domain or plan.name)
+    load_recipe(plan.recipe)
+    split(plan)
+    read_examples(plan.general)
     base = home.models.get(home.settings.base_model, progress)
     stages = Stages(job_folder(home.root / "jobs", plan, base))
     adapter, report = train_adapter(plan, base, stages, home.settings, progress)
@@ -149,7 +160,7 @@ def train_expert(plan: Plan, home: Home, *, force: bool, progress: Progress) -> 
         gate=str(verdict),
         forced=not verdict.passed,
         recipe={"name": plan.recipe, **{key: value for key, value in report.items() if key != "losses"}},
-        data={path.name: sha256(path) for path in (*plan.examples, *plan.general, *plan.test)},
+        data={f"{path.parent.name}/{path.name}": sha256(path) for path in (*plan.examples, *plan.general, *plan.test)},
         licence=plan.licence,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )

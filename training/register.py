@@ -55,8 +55,7 @@ def register(
     InvalidRequest, NameTaken or UnsupportedModel before anything is published.
     """
     name = name or domain.name
-    for each in (name, domain.name):
-        _check_name(each)
+    check_names(home, name, domain.name)
     with one_at_a_time(home):
         return _register(home, domain, name, adapter, evidence, progress, notes)
 
@@ -73,7 +72,6 @@ def _register(
     release = home.release()
     base = home.models.get(home.settings.base_model, progress)
     encoder = Encoder(home.models.get(home.settings.encoder, progress))
-    _check_free(home, release, name, domain.name)
     with tempfile.TemporaryDirectory() as scratch:
         chunks = _chunks(domain, notes)
         index = _index(home, chunks, encoder, Path(scratch) / "index", progress)
@@ -115,7 +113,7 @@ def _unregister(home: Home, name: str) -> Release:
     return home.registry.publish(
         aliases={name: None},
         router=router,
-        indexes={domain: None} if domain in release.indexes else {},
+        indexes={domain: None} if router and domain in release.indexes else {},
         note=f"remove {name}",
     )
 
@@ -182,7 +180,11 @@ def _check_name(name: str) -> None:
         )
 
 
-def _check_free(home: Home, release: Release, name: str, domain: str) -> None:
+def check_names(home: Home, name: str, domain: str) -> None:
+    """Raise InvalidRequest where a name is malformed or reserved, NameTaken where another expert has the domain."""
+    for each in (name, domain):
+        _check_name(each)
+    release = home.release()
     for alias, card in home.cards(release).items():
         if alias == name and card.domain != domain:
             raise NameTaken(

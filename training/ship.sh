@@ -29,13 +29,13 @@ $collegium router fit --train "$data/router/domains.train.jsonl.gz" --dev "$data
 train finance "Banking and money: names what a bank's customer wants, explains financial terms." \
     "CC BY 4.0 (BANKING77)" 1600 "" banking77
 train code "Programming and the shell: turns a task into a bash command, explains code." \
-    "MIT (NL2Bash)" 1600 "" nl2bash
+    "MIT (NL2Bash)" 1200 "" nl2bash
 train law "Law: fairness of contract clauses, privacy policies, short legal questions." \
     "CC BY 4.0 (Unfair ToS, LegalBench), MIT (PrivacyQA)" 600 "max_length=320" unfair_tos privacyqa legalbench
 train health "Health: questions of patients, medical exams, what a study found." \
     "MIT (PubMedQA), Apache-2.0 (MedMCQA), CC BY 4.0 (MedQuAD)" 250 "" pubmedqa medmcqa medquad
 train science "Science at school: physics, biology, chemistry, the Earth." \
-    "CC BY-SA 4.0 (ARC), Apache-2.0 (OpenBookQA)" 600 "" arc_easy arc_challenge openbookqa
+    "CC BY-SA 4.0 (ARC), Apache-2.0 (OpenBookQA)" 450 "" arc_easy arc_challenge openbookqa
 
 questions=$(mktemp --suffix=.txt)
 sed -n 's/^## \(.*?\)$/\1/p' docs/faq.md > "$questions"

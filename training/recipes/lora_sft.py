@@ -45,7 +45,6 @@ def train(
     progress: Progress,
 ) -> dict[str, Any]:
     """Train and write the PEFT folder in bfloat16. Rows longer than `max_length` are left out and counted."""
-    import torch
     from datasets import Dataset
     from peft import LoraConfig
     from trl.trainer.sft_config import SFTConfig
@@ -53,6 +52,8 @@ def train(
 
     chosen = _options(options)
     fitting = [row for row in rows if len(row.prompt) + len(row.answer) <= chosen.max_length]
+    if not fitting:
+        raise InvalidRequest(f"None of the {len(rows)} rows fits {chosen.max_length} tokens.", hint="Raise max_length.")
     dataset = Dataset.from_list(
         [
             {
@@ -79,8 +80,8 @@ def train(
             lr_scheduler_type="cosine",
             warmup_steps=0.03,
             bf16=True,
-            use_cpu=not torch.cuda.is_available(),
-            gradient_checkpointing=False,
+            use_cpu=model.device.type == "cpu",
+            activation_checkpointing=False,
             completion_only_loss=True,
             max_length=chosen.max_length,
             train_sampling_strategy="group_by_length",  # rows of like length share a batch, so little padding is paid for
@@ -88,7 +89,7 @@ def train(
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
+            dataloader_pin_memory=model.device.type != "cpu",
             seed=chosen.seed,
         ),
         callbacks=[_report_to(progress)],
@@ -112,7 +113,16 @@ def _options(given: dict[str, Any]) -> Options:
         raise InvalidRequest(
             f"lora-sft has no option {', '.join(sorted(unknown))}.", hint=f"Known: {', '.join(sorted(known))}."
         )
-    return Options(**given)
+    options = Options(**given)
+    for field in fields(Options):
+        value, kind = getattr(options, field.name), type(field.default)
+        fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
+        if not fits or isinstance(value, bool) or value < 0 or (kind is int and field.name != "seed" and value < 1):
+            raise InvalidRequest(
+                f"lora-sft needs {field.name} to be a positive {kind.__name__}, not {value!r}.",
+                hint=f"Default: {field.default}.",
+            )
+    return options
 
 
 def _report_to(progress: Progress) -> TrainerCallback:
