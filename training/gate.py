@@ -8,6 +8,8 @@ import numpy as np
 
 from .evaluate import FREE_QUESTIONS, LOWER_IS_BETTER, Results
 
+JUDGED_BY = ("accuracy", "token_f1", "exact_match", "nll")
+"""Of a task's metrics the first of these counts: among those of one answer, the finer one."""
 FEWEST_ROWS = 5
 """Rows of a task from which a difference is believed."""
 KEPT = 0.75
@@ -42,11 +44,16 @@ class Verdict:
 def judge(candidate: Results, reference: Results, *, samples: int = 2000, seed: int = 0) -> Verdict:
     """Compare paired rows by bootstrap within each task. Passes where the whole interval is above zero.
 
-    A task counts once, by its first metric, so that no large task speaks for all. Free questions are no task: there the
-    candidate must keep `KEPT` of what the reference does.
+    A task counts once, by the first of its metrics in `JUDGED_BY`, so that no large task speaks for all. Free questions
+    are no task: there the candidate must keep `KEPT` of what the reference does.
     """
     rng = np.random.default_rng(seed)
-    first = {task: metric for task, metric in sorted(candidate, reverse=True) if task != FREE_QUESTIONS}
+    first = {
+        task: metric
+        for metric in reversed(JUDGED_BY)
+        for task in sorted({task for task, _ in candidate} - {FREE_QUESTIONS})
+        if (task, metric) in candidate
+    }
     gains, resampled = [], []
     for task, metric in sorted(first.items()):
         sign = -1.0 if metric in LOWER_IS_BETTER else 1.0

@@ -39,7 +39,7 @@ train science "Science at school: physics, biology, chemistry, the Earth." \
 
 questions=$(mktemp --suffix=.txt)
 sed -n 's/^## \(.*?\)$/\1/p' docs/faq.md > "$questions"
-$collegium experts add collegium --docs README.md --docs docs --examples "$questions" \
+$collegium experts add collegium --docs docs --examples "$questions" \
     --description "Collegium, this program: its commands, experts, router, releases, settings and training."
 rm "$questions"
 $collegium releases export shipped
