@@ -43,8 +43,7 @@ def main() -> None:
     if not sys.warnoptions:  # what libraries tell developers of each other is not for the user of a command
         warnings.simplefilter("ignore")
     # Bars of our own tell what is loading; those of libraries would stand between them and the answer.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app()
     except CollegiumError as error:

@@ -50,8 +50,8 @@ class Settings(BaseModel):
     """0 is greedy; higher is more varied."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Share of the probability that tokens are drawn from."""
-    repetition_penalty: float = Field(default=1.0, ge=1, le=2)
-    """Above 1, tokens that occurred already become less likely."""
+    repetition_penalty: float = Field(default=1.1, ge=1, le=2)
+    """Above 1, tokens that occurred already become less likely: small models go round in circles without it."""
     max_prompt_tokens: int = Field(default=4096, ge=16)
     """Longest prompt, history and passages included; older turns are left out to keep it."""
     max_queue: int = Field(default=64, ge=1)
