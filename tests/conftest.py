@@ -305,7 +305,7 @@ def make_settings(tiny_base: Path, tiny_encoder: Path, seed: None) -> Callable[.
 
     def make(home: Path, **changes: Any) -> Settings:
         common = {"base_model": str(tiny_base), "encoder": str(tiny_encoder), "max_tokens": 16, "threads": 1}
-        values = common | {"device": "cpu", "max_prompt_tokens": 400} | changes
+        values = common | {"device": "cpu", "max_prompt_tokens": 400, "repetition_penalty": 1.0} | changes
         home.mkdir(parents=True, exist_ok=True)
         (home / "collegium.toml").write_text("".join(f"{key} = {json.dumps(one)}\n" for key, one in values.items()))
         settings = Settings.load({}, home=home)

@@ -19,7 +19,7 @@ FREE_QUESTIONS = {
     "law": "What is the difference between a contract and a promise?",
     "health": "What are the symptoms of the flu?",
     "science": "Why do leaves turn yellow in autumn?",
-    "code": "How do I loop over the lines of a file in Python?",
+    "code": "What is the difference between a compiler and an interpreter?",
     "finance": "What is the difference between a loan and a mortgage?",
 }
 

@@ -296,13 +296,12 @@ def test_tasks_weigh_the_same_whatever_their_size() -> None:
     assert verdict.gain == pytest.approx(-0.4)
 
 
-def test_a_task_counts_once_by_its_first_metric() -> None:
+def test_a_task_counts_once_by_its_finest_metric() -> None:
     candidate: Results = {("wine", "exact_match"): [0.0] * 30, ("wine", "token_f1"): [0.9] * 30}
     base: Results = {("wine", "exact_match"): [0.0] * 30, ("wine", "token_f1"): [0.1] * 30}
-    assert not judge(candidate, base).passed
-    candidate["wine", "exact_match"] = [1.0] * 30
-    candidate["wine", "token_f1"] = [0.0] * 30
-    assert judge(candidate, base).gain == pytest.approx(1)
+    assert judge(candidate, base).gain == pytest.approx(0.8)
+    candidate["wine", "accuracy"] = base["wine", "accuracy"] = [0.5] * 30
+    assert judge(candidate, base).gain == 0
 
 
 @pytest.mark.parametrize(("ours", "theirs", "passed"), [(1, 1, True), (0.75, 1, True), (0.5, 1, False), (0, 0, True)])
