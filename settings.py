@@ -56,8 +56,8 @@ class Settings(BaseModel):
     """Longest prompt, history and passages included; older turns are left out to keep it."""
     max_queue: int = Field(default=64, ge=1)
     """Requests that may wait for the model before new ones are refused."""
-    passages: int = Field(default=3, ge=0, le=50)
-    """Passages given to the model with a prompt; 0 switches retrieval off."""
+    passages: int = Field(default=1, ge=0, le=50)
+    """Passages quoted to the model with a prompt; 0 switches retrieval off, larger base models make use of several."""
     passage_score: float = Field(default=0.3, ge=-1, le=1)
     """Cosine below which a passage is not worth quoting."""
     context_tokens: int = Field(default=768, ge=0)
