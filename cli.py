@@ -49,6 +49,9 @@ def main() -> None:
     except CollegiumError as error:
         sys.stderr.write(f"collegium: {error}\n")
         sys.exit(1)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         sys.stderr.write("\ncollegium: stopped\n")
         sys.exit(130)

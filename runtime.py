@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from .errors import CollegiumError, ContextTooLong, InvalidRequest
-from .schema import Context, Decision, Delta, ExpertRequest, Message, Reply, Sampling, Usage
+from .retrieval import with_context
+from .schema import Card, Context, Decision, Delta, ExpertRequest, Message, Reply, Sampling, Usage
 from .serving import Serving
 from .settings import Settings
 
@@ -119,7 +120,7 @@ class Collegium:
         """What it was opened with."""
         return self._serving.settings
 
-    def experts(self) -> dict[str, Any]:
+    def experts(self) -> dict[str, Card]:
         """The live experts' cards by name."""
         return dict(self._serving.snapshot().cards)
 
@@ -160,7 +161,7 @@ class Collegium:
         context = snapshot.retrieve(card, decision, embedding) if retrieve else Context()
         retrieved = time.perf_counter()
         request = ExpertRequest(
-            messages=snapshot.quote(messages, context),
+            messages=with_context(messages, context),
             expert=card.version,
             context=context,
             sampling=sampling or self._serving.sampling,

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 from .errors import ArtifactCorrupt, CollegiumError, UnknownExpert
 from .experts.home import Home
 from .experts.kinds import Expert, Host, open_expert
-from .retrieval import Index, fit_passages, with_context
-from .router.artifact import RouterArtifact
+from .retrieval import Index, fit_passages
 from .router.policy import Scores, degraded, explicit, top1
 from .router.router import Router
 from .schema import Card, Context, Decision, Message, Release, Sampling
 from .settings import Settings
 
 if TYPE_CHECKING:
+    from .models.cache import CachedModel
     from .models.encoder import Encoder
     from .models.fetch import Progress
     from .router.head import Floats
@@ -108,8 +108,7 @@ class Snapshot:
             return Context()
         # More than are wanted, because those that overlap a better one are dropped.
         found = index.search(embedding, 3 * self.settings.passages, self.settings.passage_score)
-        context = fit_passages(found, self.host.chat.count, self.settings.context_tokens)
-        return Context(context.passages[: self.settings.passages], tokens=context.tokens)
+        return fit_passages(found, self.host.chat.count, self.settings.context_tokens, most=self.settings.passages)
 
     def _index(self, version: str) -> Index:
         if version not in self.loaded.indexes:
@@ -121,10 +120,6 @@ class Snapshot:
                 )
             self.loaded.indexes[version] = index
         return self.loaded.indexes[version]
-
-    def quote(self, messages: tuple[Message, ...], context: Context) -> tuple[Message, ...]:
-        """The messages with the context quoted in the last one."""
-        return with_context(messages, context)
 
 
 class Serving:
@@ -142,7 +137,7 @@ class Serving:
             raise UnknownExpert(
                 f"The fallback {settings.fallback!r} is not an expert.", hint=f"Known: {', '.join(release.aliases)}."
             )
-        self._host = _host(self.home, progress)
+        self._host = _host(self.home, base)
         try:
             self._snapshot = self._take(release)
         except CollegiumError:
@@ -182,8 +177,7 @@ class Serving:
     def _take(self, release: Release) -> Snapshot:
         if release.router not in self._loaded.routers:
             folder = self.home.artifacts.verify(release.router)
-            router = Router(RouterArtifact.load(folder), self._encoder, release.router[:12])
-            self._loaded.routers[release.router] = router
+            self._loaded.routers[release.router] = Router.load(folder, self._encoder, release.router[:12])
         cards = self.home.cards(release)
         return Snapshot(
             release, cards, self._loaded.routers[release.router], self.home, self._host, self._loaded, self.settings
@@ -200,14 +194,13 @@ def _encoder(home: Home, progress: Progress | None) -> Encoder:
     return Encoder(home.models.get(home.settings.encoder, progress))
 
 
-def _host(home: Home, progress: Progress | None) -> Host:
+def _host(home: Home, base: CachedModel) -> Host:
     from .experts.engine.worker import Engine
     from .models.chat import ChatEncoder
     from .models.load import limit_threads, load_lm, load_tokenizer, pick_device, pick_dtype
 
     settings = home.settings
     limit_threads(settings.threads)
-    base = home.models.get(settings.base_model, progress)
     device = pick_device(settings.device)
     tokenizer = load_tokenizer(base)
     model = load_lm(base, device=device, dtype=pick_dtype(settings.precision, device))

@@ -100,6 +100,10 @@ def _from_file(path: Path, *, must_exist: bool) -> dict[str, Any]:
         if must_exist:
             raise SettingsError(f"COLLEGIUM_CONFIG names {path}, which does not exist.") from None
         return {}
+    except OSError as error:
+        raise SettingsError(
+            f"{path} cannot be read: {error.strerror}.", hint="Check --home or COLLEGIUM_HOME."
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} is not a TOML file: {error}.") from None
 

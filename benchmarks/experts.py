@@ -23,7 +23,6 @@ from collegium.experts.home import Home
 from collegium.models.chat import ChatEncoder
 from collegium.models.encoder import Encoder
 from collegium.models.load import limit_threads, load_lm, load_tokenizer, pick_device, pick_dtype
-from collegium.router.artifact import RouterArtifact
 from collegium.router.policy import top1
 from collegium.router.router import Router
 from collegium.schema import Lora
@@ -81,7 +80,7 @@ class Experts:
         base = home.models.get(home.settings.base_model)
         self.cards = {card.domain: card for card in home.cards(release).values() if isinstance(card.spec, Lora)}
         encoder = Encoder(home.models.get(home.settings.encoder))
-        self.router = Router(RouterArtifact.load(home.artifacts.verify(release.router)), encoder)
+        self.router = Router.load(home.artifacts.verify(release.router), encoder)
         self.live = {card.domain: name for name, card in home.cards(release).items() if card.domain}
         tokenizer = load_tokenizer(base)
         device = pick_device(home.settings.device)

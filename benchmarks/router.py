@@ -18,8 +18,8 @@ from data import need, parser
 from collegium.experts.home import Home
 from collegium.models.encoder import Encoder
 from collegium.router import fit
-from collegium.router.artifact import RouterArtifact, Rows
-from collegium.router.build import LabelledPrompt, accuracy_by_source, read_labelled
+from collegium.router.artifact import Rows
+from collegium.router.build import LabelledPrompt, accuracy_by_source, embed, read_labelled
 from collegium.router.router import Router
 from collegium.settings import Settings
 
@@ -37,8 +37,8 @@ def main() -> None:
     with Home(Settings.load()) as home:
         encoder = Encoder(home.models.get(home.settings.encoder))
         release = home.release()
-        router = Router(RouterArtifact.load(home.artifacts.verify(release.router)), encoder, release.router[:12])
-    rows = embed(encoder, first_of_each_source(held_out, QUICK_ROWS) if chosen.quick else held_out)
+        router = Router.load(home.artifacts.verify(release.router), encoder, release.router[:12])
+    rows = embed(first_of_each_source(held_out, QUICK_ROWS) if chosen.quick else held_out, encoder)
     if chosen.sweep:
         sweep(router.artifact.rows, rows)
         return
@@ -104,16 +104,6 @@ def first_of_each_source(rows: list[LabelledPrompt], count: int) -> list[Labelle
         if seen[row.source] <= count:
             kept.append(row)
     return kept
-
-
-def embed(encoder: Encoder, rows: list[LabelledPrompt]) -> Rows:
-    """The rows with their embeddings."""
-    return Rows(
-        encoder.encode([row.text for row in rows]),
-        tuple(row.domain for row in rows),
-        tuple(row.source for row in rows),
-        tuple(row.id for row in rows),
-    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Self
 
 from filelock import FileLock
 
-from ..errors import ArtifactCorrupt
+from ..errors import ArtifactCorrupt, SettingsError
 from ..models.cache import ModelCache
 from ..schema import Base, Card, Evidence, Release
 from ..settings import Settings
@@ -23,7 +23,10 @@ class Home:
 
     def __init__(self, settings: Settings) -> None:
         root = settings.home.expanduser()
-        root.mkdir(parents=True, exist_ok=True)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"{root} cannot be the home: {error.strerror}.", hint="Set COLLEGIUM_HOME.") from None
         self.root = root
         self.settings = settings
         self.models = ModelCache(root / "models", timeout=settings.fetch_timeout)

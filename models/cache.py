@@ -76,7 +76,7 @@ class ModelCache:
             else:
                 source.rename(ready)
             _write_manifest(name, ready, hashes)
-            _sync_tree(ready)
+            sync_tree(ready)
             ready.rename(final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -145,7 +145,8 @@ def _read(folder: Path) -> CachedModel:
     return CachedModel(body["name"], folder, body["architecture"], body["identity"])
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Put the content of every file below `folder` on the disk for good, so that a rename may show it."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:

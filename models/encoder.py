@@ -1,7 +1,7 @@
 """Text to embeddings, for the router and for retrieval: a BERT encoder with sentence-transformers' pooling.
 
 Reads a sentence-transformers folder (`1_Pooling/config.json`, `sentence_bert_config.json`) without that package, whose
-import alone costs more than a second of every start; a test holds both to the same vectors.
+import would be added to every start; a test holds both to the same vectors.
 """
 
 from __future__ import annotations

@@ -32,8 +32,10 @@ def with_context(messages: tuple[Message, ...], context: Context) -> tuple[Messa
     return (*messages[:asked], quoting, *messages[asked + 1 :])
 
 
-def fit_passages(passages: Iterable[Passage], count_tokens: Callable[[str], int], budget: int) -> Context:
-    """Take the best passages whose quotation is at most `budget` tokens long, by score.
+def fit_passages(
+    passages: Iterable[Passage], count_tokens: Callable[[str], int], budget: int, *, most: int | None = None
+) -> Context:
+    """Take the best passages, `most` of them, whose quotation is at most `budget` tokens long, by score.
 
     One that repeats a better one or overlaps it in the same document is left out, and so is one that is too long for
     what is left of the budget.
@@ -41,6 +43,8 @@ def fit_passages(passages: Iterable[Passage], count_tokens: Callable[[str], int]
     kept: tuple[Passage, ...] = ()
     tokens = 0
     for passage in sorted(passages, key=lambda passage: -passage.score):
+        if len(kept) == most:
+            break
         if any(_same(passage, better) for better in kept):
             continue
         needed = count_tokens(_quotation((*kept, passage)))

@@ -65,8 +65,8 @@ def build_router(
             hint="Hold out whole sources: a random split measures the style of a data set, not its domain.",
         )
     progress("embedding", 0, len(train) + len(dev))
-    rows = _embed(train, encoder)
-    dev_rows = _embed(dev, encoder)
+    rows = embed(train, encoder)
+    dev_rows = embed(dev, encoder)
     progress("fitting", 0, 0)
     head = fit_head(rows.embeddings, rows.domains, rows.sources)
     head = calibrate(head, dev_rows.embeddings, dev_rows.domains, dev_rows.sources, FALSE_REJECTS)
@@ -107,7 +107,8 @@ def _own_questions() -> list[LabelledPrompt]:
     ]
 
 
-def _embed(rows: Sequence[LabelledPrompt], encoder: Encoder) -> Rows:
+def embed(rows: Sequence[LabelledPrompt], encoder: Encoder) -> Rows:
+    """The rows with their embeddings."""
     return Rows(
         encoder.encode([row.text for row in rows]),
         tuple(row.domain for row in rows),

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from .head import Floats, Head
 
 INVERSE_REGULARISATION = 1.0
-"""sklearn's C. A sweep on the dev sources is flat from 0.1 to 2 (`python benchmarks/router.py --sweep`)."""
+"""sklearn's C. `python benchmarks/router.py --sweep` gives smaller values up to a point more on the dev sources, but they leave
+short free questions ("What is a tort?") at or below the open-set threshold."""
 SOURCE_WEIGHTS = {"questions": 3.0}
 """Free questions count more than a data set of their domain: they are what people send."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
+from typing import Self
 
 from ..errors import ArtifactCorrupt, InvalidRequest, NameTaken, UnknownDomain
 from ..models.encoder import Encoder
@@ -28,6 +30,11 @@ class Router:
         self.artifact = artifact
         self.version = version
         self._encoder = encoder
+
+    @classmethod
+    def load(cls, folder: Path, encoder: Encoder, version: str = "unsaved") -> Self:
+        """The router of a saved folder. Raises ArtifactCorrupt where it cannot be read or belongs to another encoder."""
+        return cls(RouterArtifact.load(folder), encoder, version)
 
     @property
     def domains(self) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from ..experts.home import Home, base_card
@@ -10,6 +9,7 @@ from ..models.encoder import Encoder
 from ..router.build import build_router
 from ..schema import Release
 from .recipes import Progress
+from .register import one_at_a_time, store_router
 
 
 def fit(home: Home, training: Path, held_out: Path, progress: Progress) -> tuple[Release, dict[str, float]]:
@@ -20,9 +20,7 @@ def fit(home: Home, training: Path, held_out: Path, progress: Progress) -> tuple
     encoder = Encoder(home.models.get(home.settings.encoder, progress))
     base = base_card(home.models.get(home.settings.base_model, progress).identity)
     artifact = build_router(training, held_out, encoder, progress)
-    with tempfile.TemporaryDirectory() as folder:
-        artifact.save(Path(folder))
-        version = home.artifacts.put(Path(folder))
-    note = f"fit the router on {training.name}"
-    release = home.registry.publish(cards=[base], aliases={"base": base.version}, router=version, note=note)
+    version, note = store_router(home, artifact), f"fit the router on {training.name}"
+    with one_at_a_time(home):
+        release = home.registry.publish(cards=[base], aliases={"base": base.version}, router=version, note=note)
     return release, artifact.provenance["accuracy"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -68,9 +69,15 @@ def job_folder(jobs: Path, plan: Plan, base: CachedModel) -> Path:
 
 
 def train_adapter(
-    plan: Plan, base: CachedModel, stages: Stages, settings: Settings, progress: Progress
+    plan: Plan,
+    tasks: Sequence[Example],
+    general: Sequence[Example],
+    base: CachedModel,
+    stages: Stages,
+    settings: Settings,
+    progress: Progress,
 ) -> tuple[Path, dict[str, Any]]:
-    """Rehearse and train; returns the PEFT folder and the recipe's report."""
+    """Rehearse, and train on `tasks` and `general`; returns the PEFT folder and the recipe's report."""
     import torch
 
     tokenizer = load_tokenizer(base)
@@ -88,8 +95,7 @@ def train_adapter(
         rehearsed = [
             Row(tuple(p), tuple(a)) for p, a in json.loads((rehearsed_folder / "rows.json").read_text("utf-8"))
         ]
-        tasks, _ = split(plan)
-        rows = token_rows(tasks, read_examples(plan.general), rehearsed, chat, end, plan.seed)
+        rows = token_rows(tasks, general, rehearsed, chat, end, plan.seed)
         recipe = load_recipe(plan.recipe)
         return recipe(load(), tokenizer, rows, folder / "adapter", options=plan.options, progress=progress)
 
@@ -113,9 +119,15 @@ def split(plan: Plan) -> tuple[list[Example], list[Example]]:
 
 
 def evaluate_adapter(
-    plan: Plan, base: CachedModel, adapter: Path, stages: Stages, settings: Settings, progress: Progress
+    plan: Plan,
+    held_out: Sequence[Example],
+    base: CachedModel,
+    adapter: Path,
+    stages: Stages,
+    settings: Settings,
+    progress: Progress,
 ) -> tuple[Results, Results]:
-    """Results of the candidate and of the base model on the held-out rows, in the precision that serves."""
+    """Results of the candidate and of the base model on the `held_out` rows, in the precision that serves."""
     from peft import PeftModel
 
     def evaluation(folder: Path) -> dict[str, Any]:
@@ -124,7 +136,7 @@ def evaluate_adapter(
         model = load_lm(base, device=device, dtype=pick_dtype(settings.precision, device))
         tuned = PeftModel.from_pretrained(model, str(adapter)).eval()
         scorer = Scorer(tuned, ChatEncoder(tokenizer), int(tokenizer.eos_token_id))
-        rows = [*split(plan)[1], *probes(plan.domain or plan.name)]
+        rows = [*held_out, *probes(plan.domain or plan.name)]
         candidate = by_task(rows, scorer.score(rows, lambda done, of: progress("measuring the expert", done, of)))
         with tuned.disable_adapter():
             reference = by_task(rows, scorer.score(rows, lambda done, of: progress("measuring the base", done, of)))
@@ -142,12 +154,12 @@ def train_expert(plan: Plan, home: Home, *, force: bool, progress: Progress) -> 
     # What can be wrong is found before hours are spent on it.
     check_names(home, plan.name, plan.domain or plan.name)
     load_recipe(plan.recipe)
-    split(plan)
-    read_examples(plan.general)
+    tasks, held_out = split(plan)
+    general = read_examples(plan.general)
     base = home.models.get(home.settings.base_model, progress)
     stages = Stages(job_folder(home.root / "jobs", plan, base))
-    adapter, report = train_adapter(plan, base, stages, home.settings, progress)
-    candidate, reference = evaluate_adapter(plan, base, adapter, stages, home.settings, progress)
+    adapter, report = train_adapter(plan, tasks, general, base, stages, home.settings, progress)
+    candidate, reference = evaluate_adapter(plan, held_out, base, adapter, stages, home.settings, progress)
     verdict = judge(candidate, reference)
     if not verdict.passed and not force:
         raise GateRefused(
@@ -164,7 +176,7 @@ def train_expert(plan: Plan, home: Home, *, force: bool, progress: Progress) -> 
         licence=plan.licence,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    prompts = [example.prompt for example in split(plan)[0]][:ROUTER_PROMPTS]
+    prompts = [example.prompt for example in tasks[:ROUTER_PROMPTS]]
     domain = NewDomain(plan.domain or plan.name, plan.description, prompts=tuple(prompts))
     card = register(home, domain, name=plan.name, adapter=adapter, evidence=evidence, progress=progress)
     return card, verdict

@@ -21,8 +21,8 @@ from ..retrieval import Chunk, build_index, chunk, read_documents
 from ..router.artifact import RouterArtifact
 from ..router.router import Router
 from ..schema import Base, Card, Evidence, Lora, Release
+from .recipes import Progress
 
-Progress = Callable[[str, int, int], None]
 RESERVED = frozenset({"auto", "base", "none"})
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 PASSAGES_FOR_ROUTER = 200
@@ -109,7 +109,7 @@ def _unregister(home: Home, name: str) -> Release:
     rows = zip(artifact.rows.domains, artifact.rows.sources, strict=True)
     if {source for label, source in rows if label == domain} == {f"user:{domain}"}:
         encoder = Encoder(home.models.get(home.settings.encoder))
-        router = _store_router(home, Router(artifact, encoder).remove_domain(domain))
+        router = store_router(home, Router(artifact, encoder).remove_domain(domain))
     return home.registry.publish(
         aliases={name: None},
         router=router,
@@ -228,16 +228,17 @@ def _router(
     progress: Progress,
 ) -> str | None:
     """The hash of a router that knows the domain, None where the live one does."""
-    router = Router(RouterArtifact.load(home.artifacts.verify(release.router)), encoder)
+    router = Router.load(home.artifacts.verify(release.router), encoder)
     if domain.name in router.domains:
         return None
     progress("teaching the router", 0, 0)
     every = max(1, -(-len(chunks) // PASSAGES_FOR_ROUTER))
     examples = [*domain.prompts, *(piece.text for piece in chunks[::every])]
-    return _store_router(home, router.add_domain(domain.name, examples, domain.description))
+    return store_router(home, router.add_domain(domain.name, examples, domain.description))
 
 
-def _store_router(home: Home, artifact: RouterArtifact) -> str:
+def store_router(home: Home, artifact: RouterArtifact) -> str:
+    """Put a fitted router into the artifact store; returns its content hash."""
     with tempfile.TemporaryDirectory() as folder:
         artifact.save(Path(folder))
         return home.artifacts.put(Path(folder))

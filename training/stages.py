@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ..models.cache import sync_tree
 
 
 class Stages:
@@ -25,13 +26,6 @@ class Stages:
             partial.mkdir(parents=True)
             report = work(partial)
             (partial / "report.json").write_text(json.dumps(report or {}, indent=1), "utf-8")
-            _sync(partial)
+            sync_tree(partial)
             partial.rename(final)
         return final, json.loads((final / "report.json").read_text("utf-8"))
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 BUILT_IN = {"lora-sft": "lora_sft"}
+NEEDED = ("accelerate", "datasets", "trl")
+"""What the extra `train` installs."""
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage, steps done and steps in all."""
@@ -48,6 +51,10 @@ def load_recipe(name: str) -> Recipe:
     """The recipe of this name; raises InvalidRequest that lists the known ones."""
     plugins = {entry.name: entry for entry in entry_points(group="collegium.recipes")}
     if name in BUILT_IN:
+        if missing := [package for package in NEEDED if find_spec(package) is None]:
+            raise InvalidRequest(
+                f"Training needs {', '.join(missing)}, not installed here.", hint="pip install 'collegium[train]'"
+            )
         recipe: Recipe = import_module(f".{BUILT_IN[name]}", __name__).train
     elif name in plugins:
         recipe = plugins[name].load()
