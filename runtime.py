@@ -15,7 +15,7 @@ from .serving import Serving
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from .experts.engine.worker import Generation, Item
+    from .experts.engine.generation import Generation, Item
     from .models.fetch import Progress
 
 Prompt = str | Sequence[Message | Mapping[str, Any]]
@@ -164,7 +164,7 @@ class Collegium:
             messages=with_context(messages, context),
             expert=card.version,
             context=context,
-            sampling=sampling or self._serving.sampling,
+            sampling=sampling or self.settings.sampling,
             seed=seed,
             request_id=request_id,
         )

@@ -69,7 +69,12 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 switch those filters off."""
+    """How tokens are drawn. Temperature 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 switch those filters off.
+
+    `repetition_penalty` weighs what the prompt or the answer holds, `presence_penalty` and `frequency_penalty` what the
+    answer does. `logprobs` n asks for the log-probability of each token and of the n likeliest; None asks for none. The
+    answer does not end before `min_tokens`.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -77,6 +82,11 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: int | None = None
+    min_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +105,16 @@ class ExpertRequest:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of an answer. The last one of a stream carries `finish_reason`."""
+    """A piece of an answer. The last one of a stream carries `finish_reason`.
+
+    `top_logprobs` are, for each of `token_ids`, the likeliest (id, log-probability), best first.
+    """
 
     text: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] | None = None
     finish_reason: FinishReason | None = None
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +181,19 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class Canary:
+    """A probe: log-probabilities after each of `tokens`, by the reference implementation in float32.
+
+    `ids` names as many tokens for each of them, one after the other; `logprobs` are the expert's, `base` the base model's.
+    """
+
+    tokens: tuple[int, ...]
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    base: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """What is known about an expert beyond what it is. It may grow without changing the expert's version."""
 
@@ -178,6 +205,7 @@ class Evidence:
     data: Mapping[str, str] = field(default_factory=dict)
     licence: str = ""
     created: str = ""
+    canary: Canary | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +273,8 @@ def card_from_dict(data: Mapping[str, Any]) -> Card:
     spec = dict(data["spec"])
     evidence = dict(data.get("evidence") or {})
     evidence["scores"] = tuple(Score(**score) for score in evidence.get("scores", ()))
+    if canary := evidence.get("canary"):
+        evidence["canary"] = Canary(**{name: tuple(values) for name, values in canary.items()})
     return Card(**{**data, "spec": _spec(spec), "evidence": Evidence(**evidence)})
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from .experts.kinds import Expert, Host, open_expert
 from .retrieval import Index, fit_passages
 from .router.policy import Scores, degraded, explicit, top1
 from .router.router import Router
-from .schema import Card, Context, Decision, Message, Release, Sampling
+from .schema import Card, Context, Decision, Message, Release
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -127,33 +128,22 @@ class Serving:
 
     def __init__(self, settings: Settings, progress: Progress | None = None) -> None:
         self.settings = settings
-        self.home = Home(settings)
         self._loaded = Loaded()
         self._lock = threading.Lock()
-        base = self.home.models.get(settings.base_model, progress)
-        self._encoder = _encoder(self.home, progress)
-        release = self.home.ensure_base(base.identity)
-        if settings.fallback not in release.aliases:
-            raise UnknownExpert(
-                f"The fallback {settings.fallback!r} is not an expert.", hint=f"Known: {', '.join(release.aliases)}."
-            )
-        self._host = _host(self.home, base)
-        try:
+        with ExitStack() as opened:
+            self.home = opened.enter_context(Home(settings))
+            base = self.home.models.get(settings.base_model, progress)
+            self._encoder = _encoder(self.home, progress)
+            release = self.home.ensure_base(base.identity)
+            if settings.fallback not in release.aliases:
+                raise UnknownExpert(
+                    f"The fallback {settings.fallback!r} is not an expert.",
+                    hint=f"Known: {', '.join(release.aliases)}.",
+                )
+            self._host = _host(self.home, base)
+            opened.callback(self._host.engine.close)
             self._snapshot = self._take(release)
-        except CollegiumError:
-            self.close()
-            raise
-
-    @property
-    def sampling(self) -> Sampling:
-        """How answers are drawn where a request does not say."""
-        settings = self.settings
-        return Sampling(
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            repetition_penalty=settings.repetition_penalty,
-        )
+            self._opened = opened.pop_all()
 
     def snapshot(self) -> Snapshot:
         """The live release, ready; where a new one cannot be read, the one before goes on serving."""
@@ -171,8 +161,7 @@ class Serving:
 
     def close(self) -> None:
         """Stop the engine, close the home."""
-        self._host.engine.close()
-        self.home.close()
+        self._opened.close()
 
     def _take(self, release: Release) -> Snapshot:
         if release.router not in self._loaded.routers:
@@ -195,14 +184,10 @@ def _encoder(home: Home, progress: Progress | None) -> Encoder:
 
 
 def _host(home: Home, base: CachedModel) -> Host:
-    from .experts.engine.worker import Engine
+    from .experts.engine.load import open_engine
     from .models.chat import ChatEncoder
-    from .models.load import limit_threads, load_lm, load_tokenizer, pick_device, pick_dtype
+    from .models.load import load_tokenizer
 
-    settings = home.settings
-    limit_threads(settings.threads)
-    device = pick_device(settings.device)
     tokenizer = load_tokenizer(base)
-    model = load_lm(base, device=device, dtype=pick_dtype(settings.precision, device))
-    engine = Engine(model, tokenizer, max_queue=settings.max_queue)
-    return Host(engine, ChatEncoder(tokenizer), home.artifacts, base.identity, settings.max_prompt_tokens)
+    engine = open_engine(base, home.settings, tokenizer)
+    return Host(engine, ChatEncoder(tokenizer), home.artifacts, base.identity, home.settings.max_prompt_tokens)

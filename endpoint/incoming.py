@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
@@ -10,6 +11,12 @@ from ..errors import InvalidRequest
 from ..schema import Message, Sampling
 from ..settings import Settings
 from .wire import AUTO
+
+DRAWN = (
+    *("temperature", "top_p", "top_k", "min_p"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+)
+"""Fields of a request that say how tokens are drawn, named like those of `Sampling`."""
 
 
 class TextPart(BaseModel):
@@ -88,6 +95,12 @@ class ChatRequest(BaseModel):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
+    # As vLLM has them: with the openai client, in `extra_body`.
+    top_k: int | None = Field(default=None, ge=0, le=2**31 - 1)
+    min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=2, allow_inf_nan=False)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     stop: Annotated[list[str], BeforeValidator(_listed, json_schema_input_type=str | list[str] | None)] = []
     n: Literal[1] | None = 1
@@ -125,14 +138,10 @@ class ChatRequest(BaseModel):
 
     def sampling(self, settings: Settings) -> Sampling:
         """How tokens are drawn: what the request says, else what the settings say."""
-        asked: dict[str, Any] = {
-            "max_tokens": self.max_completion_tokens or self.max_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "repetition_penalty": None,
-        }
-        values = {name: getattr(settings, name) if value is None else value for name, value in asked.items()}
-        return Sampling(**values, stop=tuple(self.stop))
+        asked: dict[str, Any] = {name: getattr(self, name) for name in DRAWN}
+        asked["max_tokens"] = self.max_completion_tokens or self.max_tokens
+        said = {name: value for name, value in asked.items() if value is not None}
+        return replace(settings.sampling, **said, stop=tuple(self.stop))
 
 
 def _form(value: Any) -> str | None:

@@ -15,7 +15,9 @@ from ..errors import ArtifactCorrupt, InvalidRequest
 from ..models.chat import ChatEncoder
 from ..schema import Card, ExpertRequest, Lora, Message
 from .artifacts import ArtifactStore
-from .engine.worker import Adapter, Engine, Generation
+from .engine.engine import Engine
+from .engine.generation import Generation
+from .engine.slots import Adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,9 @@ def _base(card: Card, host: Host) -> Expert:
 def _lora(card: Card, host: Host) -> Expert:
     assert isinstance(card.spec, Lora)
     folder = host.artifacts.verify(card.spec.adapter)  # every byte, once a process: a damaged adapter is never served
-    return LocalExpert(host, card.system, Adapter(card.spec.adapter, folder), "lora")
+    adapter = Adapter(card.spec.adapter, folder, card.evidence.canary)
+    host.engine.load(adapter)  # so that one that does not answer as it was measured degrades before it is asked
+    return LocalExpert(host, card.system, adapter, "lora")
 
 
 BUILT_IN: dict[str, Kind] = {"base": _base, "lora": _lora}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from collegium.errors import CollegiumError, InvalidRequest, UnsupportedModel
-from collegium.experts.adapters import CONFIG, WEIGHTS, store_adapter
+from collegium.experts.adapters import CONFIG, HONOURED, WEIGHTS, WITHOUT_EFFECT, store_adapter
 from collegium.experts.artifacts import ArtifactStore
 from collegium.models.cache import CachedModel, ModelCache
+from collegium.tests.engine_models import tiny_lora
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,13 +90,32 @@ def test_where_it_was_trained_does_not_change_its_name(take: Callable[[Path], Lo
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "bias"),
         ({"bias": "lora_only"}, "bias"),
-        ({"use_dora": True, "bias": "all"}, "use_dora, bias"),
+        ({"use_dora": True, "bias": "all"}, "use_dora, bias=all"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"target_parameters": ["mlp.up_proj.weight"]}, "target_parameters"),
+        ({"arrow_config": {"top_k": 3}}, "arrow_config"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
+        ({"kasa_config": {}}, "kasa_config"),
+        ({"monteclora_config": {"num_samples": 8}}, "monteclora_config"),
+        ({"velora_config": {}}, "velora_config"),
+        ({"megatron_config": {"hidden_size": 32}}, "megatron_config"),
+        ({"runtime_config": {"ephemeral_gpu_offload": True}}, "runtime_config"),
+        ({"use_something_of_tomorrow": True}, "use_something_of_tomorrow"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING"),
         ({"peft_type": None}, "None"),
         # Loading one of these changes the base model's own weights or layers, which all experts share.
         ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ({"init_lora_weights": "olora"}, "olora"),
+        ({"init_lora_weights": "corda"}, "corda"),
+        ({"init_lora_weights": "loftq"}, "loftq"),
+        ({"init_lora_weights": "lora_ga"}, "lora_ga"),
+        ({"init_lora_weights": "mica"}, "mica"),
         ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication"),
     ],
 )
@@ -106,6 +127,52 @@ def test_what_is_not_plain_lora_is_refused_by_name(
         take(folder)
     assert caught.value.hint
     assert not list(store.root.iterdir())
+
+
+def test_every_field_of_peft_is_followed_without_effect_or_refused() -> None:
+    """A PEFT that knows more fields must be looked at: is an adapter that sets them plain LoRA?"""
+    from peft import LoraConfig
+
+    fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    refused = {"use_dora", "modules_to_save", "lora_bias", "fan_in_fan_out", "trainable_token_indices"}
+    refused |= {"alora_invocation_tokens", "target_parameters", "arrow_config", "use_qalora", "use_bdlora"}
+    refused |= {"kasa_config", "monteclora_config", "velora_config", "megatron_config", "layer_replication"}
+    assert fields - HONOURED - WITHOUT_EFFECT <= refused | {"runtime_config"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_dropout": 0.1},
+        {"use_rslora": True},
+        {"alpha_pattern": {"q_proj": 3}},
+        {"modules_to_save": []},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "orthogonal"},
+        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},  # it starts from activations, the base stays
+    ],
+)
+def test_what_is_plain_lora_is_taken_in(take: Callable[[Path], Lora], folder: Path, changes: Mapping[str, Any]) -> None:
+    configure(folder, **changes)
+    assert take(folder).rank == 4
+
+
+def test_patterns_keep_their_order(take: Callable[[Path], Lora], store: ArtifactStore, folder: Path) -> None:
+    """PEFT takes the first that matches."""
+    patterns = {"self_attn.q_proj": 3, "layers.0.self_attn.q_proj": 5}
+    configure(folder, alpha_pattern=patterns)
+    stored = json.loads((store.verify(take(folder).adapter) / CONFIG).read_text("utf-8"))
+    assert list(stored["alpha_pattern"]) == list(patterns)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_only_the_linears_of_the_layers_may_be_changed(
+    take: Callable[[Path], Lora], tiny_base: Path, tmp_path: Path, target: str
+) -> None:
+    folder = tiny_lora(tmp_path / "adapter", tiny_base, target_modules=["q_proj", target])
+    with pytest.raises(UnsupportedModel, match=rf"changes .*{target}"):
+        take(folder)
 
 
 @pytest.mark.parametrize("missing", [CONFIG, WEIGHTS])

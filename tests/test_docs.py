@@ -145,7 +145,8 @@ def _relative_imports(path: Path) -> Iterator[str]:
 
 def test_every_file_is_in_the_table_of_files() -> None:
     named = {name for cells in rows("architecture.md", "## Files") for name in code(cells[0])}
-    files = {path.relative_to(ROOT).as_posix() for path in MODULES if path.name != "__init__.py"}
+    sources = [*MODULES, *(path for package in PACKAGES for path in package.glob("*.c"))]
+    files = {path.relative_to(ROOT).as_posix() for path in sources if path.name != "__init__.py"}
     migrations = {name for name in files if name.startswith("experts/migrations/")}
     assert named == files - migrations | {"experts/migrations/"}
 
@@ -230,7 +231,7 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_settings: Set
 )
 def test_blocks_of_extending_run(block: Block, plugins: None) -> None:
     source = "\n" * (block.line - 1) + block.text  # so that a traceback names the page's line
-    exec(compile(source, DOCS / "extending.md", "exec"), {"__name__": "block"})
+    exec(compile(source, DOCS / "extending.md", "exec", dont_inherit=True), {"__name__": "block"})
 
 
 def test_the_recipe_of_extending_trains_an_adapter_that_is_taken_in(

@@ -14,6 +14,7 @@ import collegium
 
 ROOT = Path(__file__).parent.parent
 NOT_SHIPPED = {"tests", "benchmarks", "docs", "examples", "build", "dist"}
+SHIPPED = {".c", ".yaml", ".mako", ".typed", ".jinja", ".ini"}
 MODEL_LIBRARIES = {"torch", "transformers", "faiss", "sklearn", "peft", "alembic", "huggingface_hub"}
 HEAVY = MODEL_LIBRARIES | {"sqlalchemy", "fastapi", "numpy"}
 
@@ -55,7 +56,7 @@ def test_what_is_not_python_is_shipped_too(project: dict[str, Any]) -> None:
     listed = project["tool"]["setuptools"]["package-data"]
     for package in project["tool"]["setuptools"]["packages"]:
         folder = ROOT.joinpath(*package.split(".")[1:])
-        data = {path.name for path in folder.iterdir() if path.suffix in {".yaml", ".mako", ".typed", ".jinja", ".ini"}}
+        data = {path.name for path in folder.iterdir() if path.suffix in SHIPPED}
         matched = {path.name for pattern in listed.get(package, ()) for path in folder.glob(pattern)}
         if package != "collegium":
             assert data <= matched, package

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from collegium.errors import ArtifactCorrupt, UnknownExpert
-from collegium.experts.engine.worker import Engine
+from collegium.experts.engine.engine import Engine
 from collegium.experts.home import Home
 from collegium.models.cache import ModelCache
 from collegium.models.encoder import Encoder

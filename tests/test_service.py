@@ -327,7 +327,23 @@ def test_streams_of_two_experts_at_once(client: openai.OpenAI, collegium: Colleg
             assert answer == (one[0], expected[one])
 
 
-def test_a_client_that_goes_away_frees_the_engine(client: openai.OpenAI, url: str, answers: list[Answer]) -> None:
+@pytest.fixture
+def slow_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token takes as long as a large model's."""
+    from collegium.experts.engine.model import Model
+
+    fast = Model.run
+
+    def slow(model: Model, planned: Any) -> None:
+        time.sleep(0.005)
+        fast(model, planned)
+
+    monkeypatch.setattr(Model, "run", slow)
+
+
+def test_a_client_that_goes_away_frees_the_engine(
+    client: openai.OpenAI, url: str, answers: list[Answer], slow_model: None
+) -> None:
     stream = client.chat.completions.create(model="law", messages=said(LAW), stream=True, max_tokens=LONG)
     next(iter(stream))
     stream.close()
@@ -343,7 +359,7 @@ def test_a_client_that_goes_away_frees_the_engine(client: openai.OpenAI, url: st
 @pytest.fixture
 def answer_with(collegium: Collegium, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A function that sets what every answer hands over from now on."""
-    from collegium.experts.engine.worker import Generation
+    from collegium.experts.engine.generation import Generation
 
     def answer_with(*items: Delta | CollegiumError) -> None:
         async def astream(prompt: Any, **options: Any) -> Answer:

@@ -127,7 +127,7 @@ def evaluate_adapter(
     settings: Settings,
     progress: Progress,
 ) -> tuple[Results, Results]:
-    """Results of the candidate and of the base model on the `held_out` rows, in the precision that serves."""
+    """Results of the candidate and of the base model on the `held_out` rows, in torch's precision for the one that serves."""
     from peft import PeftModel
 
     def evaluation(folder: Path) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from filelock import FileLock
 from ..errors import InvalidRequest, NameTaken, UnknownExpert
 from ..experts.adapters import store_adapter
 from ..experts.home import Home
+from ..experts.probe import make_canary
 from ..models.encoder import Encoder
 from ..retrieval import Chunk, build_index, chunk, read_documents
 from ..router.artifact import RouterArtifact
 from ..router.router import Router
-from ..schema import Base, Card, Evidence, Lora, Release
+from ..schema import Base, Canary, Card, Evidence, Lora, Release
 from .recipes import Progress
 
 RESERVED = frozenset({"auto", "base", "none"})
@@ -76,8 +77,12 @@ def _register(
         chunks = _chunks(domain, notes)
         index = _index(home, chunks, encoder, Path(scratch) / "index", progress)
         router = _router(home, release, domain, chunks, encoder, progress)
-        spec = store_adapter(adapter, base, home.artifacts, Path(scratch) / "adapter") if adapter else None
-    card = _card(home, release, name, domain, spec, base.identity, evidence)
+        lora = None
+        if adapter:
+            spec = store_adapter(adapter, base, home.artifacts, Path(scratch) / "adapter")
+            progress("probing the adapter", 0, 0)
+            lora = spec, make_canary(home.artifacts.verify(spec.adapter), base)
+    card = _card(home, release, name, domain, lora, base.identity, evidence)
     home.registry.publish(
         cards=[card],
         aliases={name: card.version},
@@ -130,18 +135,19 @@ def _card(
     release: Release,
     name: str,
     domain: NewDomain,
-    spec: Lora | None,
+    lora: tuple[Lora, Canary] | None,
     base: str,
     evidence: Evidence | None,
 ) -> Card:
     """The expert's card. Without a new adapter, an expert that is live stays what it is, with what was measured of it."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     before = home.registry.card(release.aliases[name]) if name in release.aliases else None
-    if spec is None and before is not None and before.base == base:
+    if lora is None and before is not None and before.base == base:
         description = domain.description or before.evidence.description
         return replace(before, evidence=replace(before.evidence, description=description))
     evidence = evidence or Evidence(description=domain.description, created=now)
-    return Card(name, domain.name, spec or Base(), base, evidence=evidence)
+    spec, canary = lora or (Base(), None)
+    return Card(name, domain.name, spec, base, evidence=replace(evidence, canary=canary))
 
 
 def read_prompts(paths: Sequence[Path]) -> tuple[str, ...]:
