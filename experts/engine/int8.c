@@ -488,12 +488,44 @@ static const float *input_of(const Step *s, int row, float *scratch) {
     return scratch;
 }
 
+/* Where a linear's outputs go, and how far its rows are apart; added to what is there for the two that end a block. */
+typedef struct {
+    float *y;
+    int stride, add;
+} Target;
+
+INLINE Target target_of(const Step *s, int linear) {
+    const Target targets[LINEARS] = {{s->qkv, s->qkv_stride, 0},
+                                     {s->x, s->hidden_stride, 1},
+                                     {s->gate_up, s->gate_stride, 0},
+                                     {s->x, s->hidden_stride, 1}};
+    return targets[linear];
+}
+
+/* Add B's share to the outputs of a linear, for rows of one adapter. Whoever reads these rows next does it first: so B is
+ * read in one stream, and no other thread waits for it. */
+static void add_low(const Step *s, int layer, int l, int first, int count, int slot) {
+    if (!s->model->adapters[slot]) return;
+    const Linear *linear = &s->model->layer[layer].linears[l];
+    const LoraLinear *lora = s->model->adapters[slot] + layer * LINEARS + l;
+    const Target target = target_of(s, l);
+    float *y = target.y + (size_t)first * target.stride;
+    for (int p = 0; p < linear->parts; y += stored(linear->outs[p++])) {
+        const int out = linear->outs[p], rank = lora->ranks[p];
+        for (int tile = 0; rank && tile < tiles_of(out); tile++)
+            multiply(lora->b[p], out, rank, tile, &s->low_quantised, first, count, lora->places[p], y + tile * tile_of(out),
+                     target.stride, 1, NULL);
+    }
+}
+
 /* Rows of one adapter: their input as bytes, and its product with A as bytes. */
 static void read_rows(Step *s, int item, int thread) {
     const Span span = s->spans[item];
     const Model *m = s->model;
     float *scratch = s->scratch + thread * s->scratch_floats;
     const int in = m->layer[s->layer].linears[s->linear].in;
+    if (s->linear == QKV && s->layer) add_low(s, s->layer - 1, DOWN, span.first, span.count, span.key);
+    if (s->linear > OUT) add_low(s, s->layer, s->linear - 1, span.first, span.count, span.key);
     for (int row = span.first; row < span.first + span.count; row++)
         quantise(&s->quantised, row, (Place){0, 0}, input_of(s, row, scratch), in);
     if (!m->adapters[span.key]) return;
@@ -508,13 +540,10 @@ static void read_rows(Step *s, int item, int thread) {
                          s->low + (size_t)row * s->low_stride + lora->places[p].value, lora->ranks[p]);
 }
 
-/* One tile of outputs of a linear for all rows, then B's share for the rows that have an adapter. */
+/* One tile of outputs of a linear for all rows. */
 static void write_tile(Step *s, int tile, int thread) {
-    const Model *m = s->model;
-    const Linear *linear = &m->layer[s->layer].linears[s->linear];
-    float *const targets[LINEARS] = {s->qkv, s->x, s->gate_up, s->x};
-    const int strides[LINEARS] = {s->qkv_stride, s->hidden_stride, s->gate_stride, s->hidden_stride};
-    const int stride = strides[s->linear], add = s->linear == OUT || s->linear == DOWN;
+    const Linear *linear = &s->model->layer[s->layer].linears[s->linear];
+    const Target target = target_of(s, s->linear);
     (void)thread;
     int part = 0, at = 0; /* the first output of the part, then of the tile */
     while (tile >= tiles_of(linear->outs[part])) {
@@ -523,17 +552,8 @@ static void write_tile(Step *s, int tile, int thread) {
     }
     const int out = linear->outs[part];
     at += tile * tile_of(out);
-    float *y = targets[s->linear] + at;
-    multiply(linear->weights[part], out, linear->in, tile, &s->quantised, 0, s->count, (Place){0, 0}, y, stride, add,
-             linear->bias ? linear->bias + at : NULL);
-    for (int i = 0; i < s->spans_count; i++) {
-        const Span span = s->spans[i];
-        if (!m->adapters[span.key]) continue;
-        const LoraLinear *lora = m->adapters[span.key] + s->layer * LINEARS + s->linear;
-        if (lora->ranks[part])
-            multiply(lora->b[part], out, lora->ranks[part], tile, &s->low_quantised, span.first, span.count,
-                     lora->places[part], y + (size_t)span.first * stride, stride, 1, NULL);
-    }
+    multiply(linear->weights[part], out, linear->in, tile, &s->quantised, 0, s->count, (Place){0, 0}, target.y + at,
+             target.stride, target.add, linear->bias ? linear->bias + at : NULL);
 }
 
 static void rotate(float *head, const float *cosines, const float *sines, int half) {
@@ -561,6 +581,7 @@ static void keep_token(Step *s, int row, int thread) {
     const float *v = k + stored(m->kv_heads * d);
     const float *const *norms = m->layer[s->layer].head_norms;
     (void)thread;
+    add_low(s, s->layer, QKV, row, 1, s->slots[s->sequence[row]]);
     for (int h = 0; h < m->heads + m->kv_heads; h++) {
         float *head = h < m->heads ? q + h * d : k + (h - m->heads) * d;
         if (norms[0]) rms_norm(head, head, norms[h >= m->heads], d, m->eps);
@@ -706,7 +727,9 @@ static void embed(Step *s, int row, int thread) {
 }
 
 static void read_wanted(Step *s, int item, int thread) {
-    const float *x = input_of(s, s->wanted[item], s->scratch + thread * s->scratch_floats);
+    const int row = s->wanted[item];
+    add_low(s, s->model->layers - 1, DOWN, row, 1, s->slots[s->sequence[row]]);
+    const float *x = input_of(s, row, s->scratch + thread * s->scratch_floats);
     quantise(&s->quantised, item, (Place){0, 0}, x, s->model->hidden);
 }
 
