@@ -139,6 +139,7 @@ def _read_tensors(path: Path, version: str) -> dict[str, Tensor]:
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise _corrupt(version, WEIGHTS, f"cannot be read: {error}") from None
     converted: dict[tuple[str, int], Floats] = {}
+    suspicious: set[tuple[str, int]] = set()
     tensors = {}
     for key, entry in header.items():
         kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -149,8 +150,10 @@ def _read_tensors(path: Path, version: str) -> dict[str, Tensor]:
         if (kind, rest) not in converted:
             whole = data[rest : len(data) - (len(data) - rest) % width]
             converted[kind, rest] = _as_float32(whole, kind)
+            if not np.isfinite(converted[kind, rest]).all():  # or other tensors, of another type, look like that in this one
+                suspicious.add((kind, rest))
         numbers = converted[kind, rest][begin // width : begin // width + math.prod(shape)]
-        if not np.isfinite(numbers).all():
+        if (kind, rest) in suspicious and not np.isfinite(numbers).all():
             raise _corrupt(version, key, "holds numbers that are not finite")
         tensors[key] = torch.from_numpy(numbers).view(shape)
     return tensors

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .batch import MOST_PROMPT_TOKENS
 
-STRETCH = 2.2
+STRETCH = 1.8
 """How many times longer a pass may take that reads prompts than one that does not."""
 FIRST, LEAST = 32, 4
 """Tokens before anything is measured, and at least."""
