@@ -150,7 +150,7 @@ def _read_tensors(path: Path, version: str) -> dict[str, Tensor]:
         if (kind, rest) not in converted:
             whole = data[rest : len(data) - (len(data) - rest) % width]
             converted[kind, rest] = _as_float32(whole, kind)
-            if not np.isfinite(converted[kind, rest]).all():  # or other tensors, of another type, look like that in this one
+            if not np.isfinite(converted[kind, rest]).all():  # perhaps just tensors of another type, read as this one
                 suspicious.add((kind, rest))
         numbers = converted[kind, rest][begin // width : begin // width + math.prod(shape)]
         if (kind, rest) in suspicious and not np.isfinite(numbers).all():
