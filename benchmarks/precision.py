@@ -65,19 +65,23 @@ class Heard:
 
 
 def main() -> None:
-    chosen = parser(__doc__ or "").parse_args()
+    options = parser(__doc__ or "")
+    options.add_argument("--rows", type=int, help=f"rows a task; default {ROWS}, with --quick {QUICK_ROWS}")
+    options.add_argument("--choices", type=int, default=MOST_CHOICES, help="0: greedy answers and likelihoods alone")
+    chosen = options.parse_args()
     data = need(chosen.data / "experts")
     with Home(Settings.load()) as home:
-        figures = measure(home, data, QUICK_ROWS if chosen.quick else ROWS)
+        rows = chosen.rows or (QUICK_ROWS if chosen.quick else ROWS)
+        figures = measure(home, data, rows, chosen.choices)
     show(figures)
     if chosen.json:
         chosen.json.write_text(json.dumps(figures, indent=1), "utf-8")
 
 
-def measure(home: Home, data: Path, limit: int) -> dict[str, Any]:
+def measure(home: Home, data: Path, limit: int, choices: int) -> dict[str, Any]:
     """Figures for each task and over all."""
     chat = ChatEncoder(load_tokenizer(home.models.get(home.settings.base_model)))
-    questions, too_long = read_questions(home, chat, data, limit)
+    questions, too_long = read_questions(home, chat, data, limit, choices)
     int8, int8_speed = hear_all(home, "int8", questions)
     plain, plain_speed = hear_all(home, "float32", questions)
     tasks: dict[str, list[RowScores]] = defaultdict(list)
@@ -88,7 +92,7 @@ def measure(home: Home, data: Path, limit: int) -> dict[str, Any]:
     return {"too_long": too_long, "speed": speed, "tasks": {task: summary(rows) for task, rows in tasks.items()}}
 
 
-def read_questions(home: Home, chat: ChatEncoder, data: Path, limit: int) -> tuple[list[Question], int]:
+def read_questions(home: Home, chat: ChatEncoder, data: Path, limit: int, choices: int) -> tuple[list[Question], int]:
     """The rows of all tasks, and how many were too long."""
     adapters = {
         card.domain: Adapter(card.spec.adapter, home.artifacts.verify(card.spec.adapter), card.evidence.canary)
@@ -99,7 +103,7 @@ def read_questions(home: Home, chat: ChatEncoder, data: Path, limit: int) -> tup
     for domain, task in [(domain, task) for domain, names in TASKS.items() for task in names if domain in adapters]:
         rows = read_examples([data / domain / f"{task}.test.jsonl.gz"], limit=limit)
         for row in close_labels(rows, read_examples([data / domain / f"{task}.train.jsonl.gz"])):
-            texts = dict.fromkeys((row.answer, *(row.choices if len(row.choices) <= MOST_CHOICES else ())))
+            texts = dict.fromkeys((row.answer, *(row.choices if len(row.choices) <= choices else ())))
             answers = [tuple(chat.text(text)[:LIKELIHOOD_TOKENS]) for text in texts]
             prompt = chat.encode([Message("user", ask(row))])
             questions.append(Question(f"{domain}/{task}", row, prompt, adapters[domain], answers))
@@ -189,8 +193,8 @@ def show(figures: Mapping[str, Any]) -> None:
     print(f"\n{figures['too_long']} rows were left out: their prompts have more than {PROMPT_TOKENS} tokens.")
     for precision, speed in figures["speed"].items():
         print(f"{precision:<8}{speed['a_second']:>6.0f} tokens a second, {speed['seconds']:.0f} s")
-    for metric, limit in LIMITS.items():
-        one = figures["tasks"]["all"][metric]
+    for metric, one in figures["tasks"]["all"].items():
+        limit = LIMITS[metric]
         verdict = "within" if max(-one["low"], one["high"]) <= limit else "NOT within"
         print(f"{metric}: {verdict} +-{limit} over all, interval included")
 

@@ -179,6 +179,7 @@ def test_a_cache_that_cannot_be_used_is_left_alone(
     source.write_text("int answer(void) { return 43; }")
     answer()
     for found in kept(tmp_path):
+        found.unlink()  # it is in use
         found.write_bytes(b"planted")
     spoil(folder, monkeypatch)
     with caplog.at_level(logging.WARNING):
