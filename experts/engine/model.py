@@ -133,7 +133,7 @@ class Model:
         self.decoder.load(slot, read_lora(adapter.folder, adapter.version))
         if adapter.version not in self._checked and adapter.canary:
             check_canary(adapter.canary, self.decoder, slot, adapter.version)
-        self._checked.add(adapter.version)
+            self._checked.add(adapter.version)
 
 
 def share(pending: Sequence[int], prompt_tokens: int) -> list[int]:
