@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from numpy.typing import NDArray
 
 from collegium.errors import UnsupportedModel
 from collegium.models.cache import ModelCache
-from collegium.models.encoder import Encoder
+from collegium.models.encoder import Encoder, Floats, Ints, TorchForward
 from collegium.settings import DEFAULT_ENCODER
+from collegium.tests.encoder_models import KINDS, embeddings_by_transformers, tiny_encoder_lora, tiny_encoder_of
 
 TEXTS = [
     "explain the contract of the plaintiff",
@@ -114,6 +116,66 @@ def test_other_pooling_is_refused_by_name(local: Path, load: Callable[[Path], En
     with pytest.raises(UnsupportedModel, match=", ".join(sorted(modes))) as caught:
         load(pool_with(local, **modes))
     assert caught.value.hint == "Supported: mean_tokens, cls_token."
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_adapter_computes_what_peft_does(kind: str, tmp_path: Path) -> None:
+    model = tiny_encoder_of(kind, tmp_path / "model")
+    adapter = tiny_encoder_lora(tmp_path / "lora", model)
+    texts = ["what is a court of the python", "a", "", "the fever is prime. " * 60]
+    for one in (None, adapter):
+        found = Encoder(model, TorchForward(model, one), window=128).encode(texts)
+        np.testing.assert_allclose(found, embeddings_by_transformers(model, texts, 128, one), atol=1e-5)
+
+
+def test_half_precision_weights_are_computed_with_in_float32(local: Path, load: Callable[[Path], Encoder]) -> None:
+    from transformers import AutoModel
+
+    AutoModel.from_pretrained(local).bfloat16().save_pretrained(local)
+    assert load(local).encode(TEXTS).dtype == np.float32
+
+
+@dataclass
+class Recorded:
+    """Answers with the sums of the tokens' powers, and keeps what it was asked."""
+
+    dimension: int = 3
+    asked: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
+
+    def __call__(self, ids: Ints, mask: Ints) -> Floats:
+        assert mask.shape == ids.shape
+        assert not ids[mask == 0].any()
+        self.asked.append((ids.shape, int(mask.sum())))
+        sums = np.stack([(ids * mask + one * mask).sum(1) ** (1 / one) for one in (1.0, 2.0, 3.0)], 1)
+        vectors: Floats = (sums / np.linalg.norm(sums, axis=1, keepdims=True)).astype(np.float32)
+        return vectors
+
+
+def test_a_long_text_is_the_mean_of_its_windows_by_their_tokens(local: Path, tmp_path: Path) -> None:
+    model = ModelCache(tmp_path / "models").get(str(local))
+    forward = Recorded()
+    words = ["court", "fever", "prime", "python", "recipe", "river", "soup"]
+    whole = Encoder(model, forward, window=5, windows=3).encode([" ".join(words), "court", ""])
+    assert forward.asked == [((5, 5), 2 + 3 + 4 + 4 + 5)]  # of seven words: two, two, three
+    parts = [" ".join(words[at:to]) for at, to in ((0, 2), (2, 4), (4, 7))]
+    vectors = Encoder(model, forward).encode(parts)
+    mean = (vectors * np.array([[4], [4], [5]])).sum(axis=0)
+    np.testing.assert_allclose(whole[0], mean / np.linalg.norm(mean), atol=1e-6)
+    np.testing.assert_allclose(whole[1:], Encoder(model, forward).encode(["court", ""]), atol=1e-6)
+
+
+def test_windows_of_a_length_are_batched_together(local: Path, tmp_path: Path) -> None:
+    model = ModelCache(tmp_path / "models").get(str(local))
+    forward = Recorded()
+    encoder = Encoder(model, forward, window=6, windows=4, batch_size=3)
+    encoder.encode(["court", "court " * 16, "court", "", "court fever"])
+    assert [shape for shape, _ in forward.asked] == [(3, 3), (3, 6), (2, 6)]
+
+
+def test_an_identity_can_be_given(local: Path, tmp_path: Path) -> None:
+    model = ModelCache(tmp_path / "models").get(str(local))
+    assert Encoder(model, Recorded()).identity == model.identity
+    assert Encoder(model, Recorded(), identity="tuned").identity == "tuned"
 
 
 @pytest.mark.models
