@@ -70,6 +70,18 @@ class Settings(BaseModel):
     """Cosine below which a passage is not worth quoting."""
     context_tokens: int = Field(default=768, ge=0)
     """Tokens that quoted passages may take, together."""
+    policy: str = "top1"
+    """How the router's scores become a choice of experts."""
+    sticky: bool = True
+    """Whether a conversation stays with its expert while nothing else fits clearly better."""
+    encoder_precision: Literal["auto", "int8", "float32"] = "auto"
+    """Of the router's encoder; auto takes int8 on a CPU."""
+    log_decisions: bool = True
+    """Whether the registry keeps what the router decided: the prompt's embedding and hash, and the versions."""
+    log_prompts: bool = False
+    """Whether the log keeps the prompt's text too."""
+    log_days: int = Field(default=30, ge=1, le=36500)
+    """Days that the log is kept; what is older is deleted while decisions are logged."""
     host: str = "127.0.0.1"
     """Address that `serve` listens on; only this machine's own are allowed."""
     port: int = Field(default=8000, ge=0, le=65535)

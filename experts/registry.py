@@ -21,7 +21,9 @@ from . import tables
 from .database import open_database, translated, writing
 
 Change = Mapping[str, str | None]
-_VERSION = re.compile("(?P<name>.+)@(?P<hash>[0-9a-f]{6,})")
+_SHORTEST = 6  # digits of a hash that may stand for it
+_SHOWN = 12
+_VERSION = re.compile(f"(?P<name>.+)@(?P<hash>[0-9a-f]{{{_SHORTEST},}})")
 _NOTHING: Change = MappingProxyType({})
 
 
@@ -44,6 +46,11 @@ class Registry:
     def close(self) -> None:
         """Let go of the database."""
         self._engine.dispose()
+
+    @property
+    def engine(self) -> Engine:
+        """The database, for what else is kept in it (`decisions.py`)."""
+        return self._engine
 
     def live(self) -> Release | None:
         """Return what serves now; None before the first publish."""
@@ -94,6 +101,20 @@ class Registry:
         if not rows:
             raise UnknownExpert(f"No expert has the version {name!r}.", hint=_known(release.aliases))
         return card_from_dict(rows[0].body)
+
+    def router(self, name: str) -> str:
+        """Find the router that a release's id means, or the first 6 digits or more of a router's version.
+
+        Raises InvalidRequest, which lists the releases with their routers.
+        """
+        releases = self.releases()
+        by_id = {str(release.id): release.router for release in releases}
+        fits = {by_id[name]} if name in by_id else _starting(name, by_id.values())
+        if len(fits) != 1:
+            known = ", ".join(f"{number} ({router[:_SHOWN]})" for number, router in by_id.items())
+            what = "fits several routers" if fits else "is neither a release nor a router"
+            raise InvalidRequest(f"{name!r} {what}.", hint=f"Releases and their routers: {known or 'none yet'}.")
+        return fits.pop()
 
     def publish(
         self,
@@ -187,6 +208,10 @@ def _check(connection: Connection, aliases: Change) -> None:
 
 def _merge(old: Mapping[str, str], change: Change) -> dict[str, str]:
     return {name: version for name, version in {**old, **change}.items() if version is not None}
+
+
+def _starting(name: str, routers: Iterable[str]) -> set[str]:
+    return {router for router in routers if len(name) >= _SHORTEST and router.startswith(name)}
 
 
 def _known(names: Iterable[str]) -> str:

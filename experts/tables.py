@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, CheckConstraint, Column, ForeignKey, Integer, MetaData, String, Table, Text
+from sqlalchemy import (
+    JSON,
+    CheckConstraint,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
 
-HEAD = "0001"
+HEAD = "0002"
 """The newest migration's revision, so that opening an up-to-date database need not load Alembic."""
 
 metadata = MetaData(
@@ -45,3 +58,24 @@ live = Table(
     Column("release", Integer, ForeignKey("releases.id")),
 )
 """The pointer. Its one row exists from the first migration on, so that writers have something to lock."""
+
+decisions = Table(
+    "decisions",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("created", String, nullable=False),
+    Column("prompt_hash", String, nullable=False),
+    Column("embedding", LargeBinary, nullable=False),
+    Column("encoder", String, nullable=False),
+    Column("release", Integer, nullable=False),
+    Column("router", String, nullable=False),
+    Column("domain", String),
+    Column("expert", String, nullable=False),
+    Column("reason", String, nullable=False),
+    Column("confidence", Float, nullable=False),
+    Column("body", JSON, nullable=False),
+    Column("text", Text),
+    Index("ix_decisions_created", "created"),
+)
+"""A log, so `release` is no foreign key: what was decided outlives what decided it. `prompt_hash` is SHA-256 of the text that
+was routed, `embedding` little-endian float16; `body` holds the rest of the decision."""

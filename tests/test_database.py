@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+ROUTER = {"body": {"aliases": {}, "router": "r", "indexes": {}}}
+
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
@@ -70,6 +72,30 @@ def test_migrations_end_at_the_tables(registry: Registry, url: str) -> None:
 def test_a_database_of_this_version_opens_without_alembic(registry: Registry, url: str) -> None:
     program = f"import sys; from collegium.experts.registry import Registry; Registry.open({url!r}).close()"
     subprocess.run([sys.executable, "-c", f"{program}; assert 'alembic' not in sys.modules"], check=True, timeout=60)
+
+
+def test_an_older_database_is_upgraded_and_keeps_what_it_holds(registry: Registry, url: str, file: Path) -> None:
+    from alembic import command
+    from alembic.config import Config
+
+    first = registry.publish(router="r", note="")
+    registry.close()
+    older = f"sqlite:///{file.with_name('older.db')}"
+    engine = sa.create_engine(older)
+    config = Config()
+    config.set_main_option("script_location", "collegium.experts:migrations")
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.execute(sa.insert(tables.releases).values(parent=None, note="", created=first.created, **ROUTER))
+        connection.execute(sa.update(tables.live).values(release=1))
+        assert not sa.inspect(connection).has_table("decisions")
+    engine.dispose()
+    upgraded = Registry.open(older)
+    assert upgraded.live() == first
+    with upgraded.engine.connect() as connection:
+        assert sa.inspect(connection).has_table("decisions")
+    upgraded.close()
 
 
 def test_readers_go_on_beside_a_writer_and_there_is_one_pointer(registry: Registry, file: Path) -> None:

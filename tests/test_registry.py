@@ -159,6 +159,22 @@ def test_an_ambiguous_prefix_lists_what_it_fits(registry: Registry, url: str) ->
     assert registry.resolve(law.version, release) == law
 
 
+def test_a_router_is_found_by_release_or_the_beginning_of_its_version(registry: Registry) -> None:
+    with pytest.raises(InvalidRequest, match="none yet"):
+        registry.router("1")
+    for router in ("aaaaaa1", "aaaaaa2", "bbbbbbb", "bbbbbbb"):
+        registry.publish(router=router, note="")
+    assert [registry.router(name) for name in ("1", "3", "bbbbbb", "aaaaaa2")] == [
+        "aaaaaa1",
+        "bbbbbbb",
+        "bbbbbbb",
+        "aaaaaa2",
+    ]
+    for name, problem in {"5": "neither", "bbbbb": "neither", "": "neither", "aaaaaa": "several"}.items():
+        with pytest.raises(InvalidRequest, match=rf"{problem}.*4 \(bbbbbbb\), .*1 \(aaaaaa1\)"):
+            registry.router(name)
+
+
 class AgainstADict(RuleBasedStateMachine):
     """The registry beside what it should be: a dict of releases and the id of the live one."""
 

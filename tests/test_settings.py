@@ -94,6 +94,9 @@ def test_what_other_parts_read_from_the_environment_is_no_setting() -> None:
         ("passages", 51),
         ("passage_score", 1.5),
         ("context_tokens", -1),
+        ("encoder_precision", "int4"),
+        ("log_decisions", "perhaps"),
+        ("log_days", 0),
         ("fetch_timeout", 0),
     ],
 )
