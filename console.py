@@ -29,6 +29,7 @@ WHY = {
     "no_expert": "the domain has no expert yet, so the fallback answers",
     "explicit": "asked for by name",
     "sticky": "the conversation stays with it",
+    "cheaper": "the domain's expert is not worth its cost, so the fallback answers",
     "degraded": "the chosen expert cannot serve, so the fallback answers",
 }
 BAR = 20

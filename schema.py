@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant"]
-Reason = Literal["routed", "unknown_domain", "no_expert", "explicit", "sticky", "degraded"]
+Reason = Literal["routed", "unknown_domain", "no_expert", "explicit", "sticky", "cheaper", "degraded"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 

@@ -17,6 +17,7 @@ from ..schema import Card, ExpertRequest, Lora, Message
 from .artifacts import ArtifactStore
 from .engine.engine import Engine
 from .engine.generation import Generation
+from .engine.request import Request, Row
 from .engine.slots import Adapter
 
 
@@ -56,18 +57,23 @@ class LocalExpert:
 
     mode: str
 
-    def start(self, request: ExpertRequest) -> Generation:
-        """Begin an answer; the oldest turns are left out where the conversation is longer than the context."""
+    def row(self, request: ExpertRequest) -> Row:
+        """The request as this expert reads it, under its own system prompt.
+
+        The oldest turns are left out where the conversation is longer than the context; raises ContextTooLong where the last
+        message alone does not fit.
+        """
         messages = request.messages
         if self.system is not None and messages[0].role != "system":
             messages = (Message("system", self.system), *messages)
         room = min(self.host.max_prompt_tokens, self.host.engine.context_length - request.sampling.max_tokens)
-        return self.host.engine.generate(
-            self.host.chat.encode_fitting(messages, room),
-            adapter=self.adapter,
-            sampling=request.sampling,
-            seed=request.seed,
-            deadline=request.deadline,
+        return Row(self.host.chat.encode_fitting(messages, room), self.adapter)
+
+    def start(self, request: ExpertRequest) -> Generation:
+        """Begin an answer. Raises what `row` and the engine's `submit` raise."""
+        row = self.row(request)
+        return self.host.engine.submit(
+            Request((row,), sampling=request.sampling, seed=request.seed, deadline=request.deadline)
         )
 
 

@@ -1,12 +1,21 @@
-"""From probabilities to a decision. A policy is handed numbers and names; it reads nothing else."""
+"""From what the router measured to a decision about who answers.
+
+A policy is a function. It is handed numbers and names and reads nothing else, so it is tested without a model. A plug-in adds one
+through the entry point `collegium.policies`; docs/extending.md has a worked example.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.metadata import entry_points
 
+from ..errors import InvalidRequest
 from ..schema import Decision, Reason
 from .head import Floats
+
+BUILT_IN = ("frugal", "mixture", "top1")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,37 +43,62 @@ class Scores:
         """Whether any domain fits."""
         return self.confidence >= self.threshold
 
+    def decide(self, domain: str | None, candidates: tuple[tuple[str, float], ...], reason: Reason) -> Decision:
+        """A decision that rests on these scores; `candidates` are (expert, weight), best first, weights summing to 1."""
+        return Decision(
+            domain=domain,
+            candidates=candidates,
+            probabilities=self.probabilities,
+            prediction_set=self.prediction_set,
+            confidence=self.confidence,
+            reason=reason,
+            threshold=self.threshold,
+            router_version=self.router_version,
+        )
 
-def top1(scores: Scores, experts: Mapping[str, str], fallback: str) -> Decision:
-    """The likeliest domain's expert; `experts` names the live one of each domain that has one.
 
-    Where no domain fits, or the one that does has no expert, `fallback` answers and the reason says which it was.
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Somebody who can answer for a domain.
+
+    `score` is the mean of what was measured on the domain's held-out rows, 0 to 1, and None where nothing was; `cost` is what a
+    token costs beside one of the base model, which is 1.
     """
-    if not scores.known:
-        return _decide(scores, None, fallback, "unknown_domain")
-    if scores.domain not in experts:
-        return _decide(scores, scores.domain, fallback, "no_expert")
-    return _decide(scores, scores.domain, experts[scores.domain], "routed")
+
+    expert: str
+    score: float | None
+    cost: float
 
 
-def explicit(scores: Scores, expert: str) -> Decision:
-    """The expert that was asked for by name, whatever the router thinks."""
-    return _decide(scores, scores.domain if scores.known else None, expert, "explicit")
+@dataclass(frozen=True, slots=True)
+class Live:
+    """What a policy may choose from: the live expert of each domain that has one, and who answers where none does.
+
+    `baseline` is what the fallback scored on the rows that the domain's expert was measured on; the fallback's own `score` is
+    None, because it differs from domain to domain.
+    """
+
+    offers: Mapping[str, Offer]
+    fallback: Offer
+    baseline: Mapping[str, float]
+
+
+Policy = Callable[[Scores, Live], Decision]
+
+
+def policy(name: str) -> Policy:
+    """The policy of this name. Raises InvalidRequest that lists the known ones."""
+    if name in BUILT_IN:
+        built_in: Policy = getattr(import_module(f".policies.{name}", __package__), name)
+        return built_in
+    plugins = {entry.name: entry for entry in entry_points(group="collegium.policies")}
+    if name not in plugins:
+        known = ", ".join(sorted({*BUILT_IN, *plugins}))
+        raise InvalidRequest(f"There is no policy {name!r}.", hint=f"Known: {known}.")
+    found: Policy = plugins[name].load()
+    return found
 
 
 def degraded(decision: Decision, fallback: str) -> Decision:
     """The same decision, answered by the fallback because the chosen expert cannot serve."""
     return replace(decision, candidates=((fallback, 1.0),), reason="degraded")
-
-
-def _decide(scores: Scores, domain: str | None, expert: str, reason: Reason) -> Decision:
-    return Decision(
-        domain=domain,
-        candidates=((expert, 1.0),),
-        probabilities=scores.probabilities,
-        prediction_set=scores.prediction_set,
-        confidence=scores.confidence,
-        reason=reason,
-        threshold=scores.threshold,
-        router_version=scores.router_version,
-    )

@@ -1,0 +1,1 @@
+"""Who answers, given what the router measured: one policy a file."""
