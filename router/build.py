@@ -15,21 +15,23 @@ import numpy as np
 
 from ..errors import InvalidRequest
 from ..models.cache import sha256
-from ..models.encoder import Encoder
-from .artifact import RouterArtifact, Rows
-from .fit import calibrate, fit_head
-from .head import Head
-from .questions import free_questions
+from .artifact import RouterArtifact
+from .encoder import Encoders
+from .fit import calibrate, fit_head, right_by_source
+from .neighbours import vote
+from .prompts import own_prompts
+from .rows import BACKGROUND, Rows
+from .spelling import words_of
 
-ROWS_PER_SOURCE = 400
-"""Rows kept of each source, so that the artifact stays small; sources weigh the same whatever their size."""
+ROWS_PER_SOURCE = 150
+"""Stored rows of each source, so that the artifact stays small; sources weigh the same whatever their size."""
 FALSE_REJECTS = 0.05
-"""Share of held-out prompts of known domains that the open-set threshold refuses."""
+"""Share of prompts of known domains that the open-set threshold refuses."""
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledPrompt:
-    """A prompt of a known domain; `source` names the data set that it is from, `id` its place there."""
+    """A prompt of a domain (or of `rows.BACKGROUND`); `source` names the data set that it is from, `id` its place there."""
 
     text: str
     domain: str
@@ -45,7 +47,10 @@ def read_labelled(path: Path) -> list[LabelledPrompt]:
         with opener(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 row = json.loads(line)
-                rows.append(LabelledPrompt(row["text"], row["domain"], row["source"], f"{path.name}:{number}"))
+                text, domain, source = row["text"], row["domain"], row["source"]
+                if not all(isinstance(value, str) for value in (text, domain, source)):
+                    raise TypeError("text, domain and source are text")
+                rows.append(LabelledPrompt(text, domain, source, f"{path.name}:{number}"))
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InvalidRequest(
             f"{path}, row {len(rows) + 1}: {error}.", hint="A row is a JSON object with text, domain and source."
@@ -53,65 +58,80 @@ def read_labelled(path: Path) -> list[LabelledPrompt]:
     return rows
 
 
-def build_router(
-    training: Path, held_out: Path, encoder: Encoder, progress: Callable[[str, int, int], None]
-) -> RouterArtifact:
-    """Fit on `training` and this project's own questions; calibrate on `held_out`, whose sources `training` lacks."""
-    train = _sample(read_labelled(training)) + _own_questions()
-    dev = read_labelled(held_out)
+def read_pair(training: Path, held_out: Path) -> tuple[list[LabelledPrompt], list[LabelledPrompt]]:
+    """Rows to fit on, this project's own prompts among them, and rows to calibrate on.
+
+    Raises InvalidRequest where both share a source.
+    """
+    train, dev = read_labelled(training), read_labelled(held_out)
     if shared := {row.source for row in train} & {row.source for row in dev}:
         raise InvalidRequest(
             f"{held_out} shares the sources {', '.join(sorted(shared))} with {training}.",
             hint="Hold out whole sources: a random split measures the style of a data set, not its domain.",
         )
-    progress("embedding", 0, len(train) + len(dev))
-    rows = embed(train, encoder)
-    dev_rows = embed(dev, encoder)
+    domains = {row.domain for row in train} - {BACKGROUND}
+    if strange := sorted({row.domain for row in dev} - domains):
+        raise InvalidRequest(
+            f"{held_out} has the domains {', '.join(map(repr, strange))}, which {training} lacks.",
+            hint=f"Domains to calibrate: {', '.join(sorted(domains))}.",
+        )
+    if not dev:
+        raise InvalidRequest(f"{held_out} has no rows.", hint="Calibration needs prompts of every domain.")
+    own = [LabelledPrompt(*row) for row in own_prompts()]
+    return train + [row for row in own if row.domain in {BACKGROUND, *domains}], dev
+
+
+def build_router(
+    train: Sequence[LabelledPrompt],
+    dev: Sequence[LabelledPrompt],
+    encoders: Encoders,
+    adapter: Path | None,
+    progress: Callable[[str, int, int], None],
+    provenance: dict[str, Any] | None = None,
+) -> RouterArtifact:
+    """Fit a head on some rows of each source of `train`, and calibrate it on `dev`, of sources that `train` lacks."""
+    kept = some_of_each_source(train, ROWS_PER_SOURCE)
+    words = words_of((row.text for row in train), least=2)  # what occurs once may be an error itself
+    encoder = encoders.get(adapter, words)
+    progress("embedding", 0, len(kept) + len(dev))
+    rows, held_out = (embed(part, encoder.encode) for part in (kept, dev))
     progress("fitting", 0, 0)
-    head = fit_head(rows.embeddings, rows.domains, rows.sources)
-    head = calibrate(head, dev_rows.embeddings, dev_rows.domains, dev_rows.sources, FALSE_REJECTS)
-    provenance = {
-        "training": {"file": training.name, "sha256": sha256(training), "rows": len(train)},
-        "held_out": {"file": held_out.name, "sha256": sha256(held_out), "rows": len(dev)},
-        "sources": sorted({f"{row.domain}/{row.source}" for row in train}),
-        "accuracy": accuracy_by_source(head, dev_rows),
-        "false_rejects": FALSE_REJECTS,
+    head, open_set = calibrate(fit_head(rows), rows, held_out)
+    chances = head.probabilities(held_out.embeddings, vote(rows, held_out.embeddings, head.domains).shares)
+    guesses = np.asarray(head.domains)[chances.argmax(axis=1)]
+    measured = {
+        "sources": sorted({f"{row.domain}/{row.source}" for row in kept}),
+        "rows": len(kept),
+        "accuracy": right_by_source(guesses.tolist(), held_out),
     }
-    return RouterArtifact(head, rows, encoder.identity, provenance)
+    identity = encoders.identity(adapter)
+    provenance = {**(provenance or {}), **measured}
+    return RouterArtifact(head, open_set, rows, FALSE_REJECTS, identity, adapter, provenance, words)
 
 
-def accuracy_by_source(head: Head, rows: Rows) -> dict[str, float]:
-    """Share of each source's rows that go to their domain, and `mean` over the sources."""
-    best = np.asarray(head.domains)[head.probabilities(rows.embeddings).argmax(axis=1)]
-    right: dict[str, list[bool]] = defaultdict(list)
-    for guess, domain, source in zip(best, rows.domains, rows.sources, strict=True):
-        right[f"{domain}/{source}"].append(bool(guess == domain))
-    accuracy: dict[str, Any] = {source: round(float(np.mean(hits)), 4) for source, hits in sorted(right.items())}
-    return {**accuracy, "mean": round(float(np.mean(list(accuracy.values()))), 4)}
+def described(training: Path, held_out: Path) -> dict[str, Any]:
+    """The data's names and hashes, for an artifact's provenance."""
+    return {
+        "training": {"file": training.name, "sha256": sha256(training)},
+        "held_out": {"file": held_out.name, "sha256": sha256(held_out)},
+    }
 
 
-def _sample(rows: Sequence[LabelledPrompt]) -> list[LabelledPrompt]:
+def some_of_each_source(rows: Sequence[LabelledPrompt], most: int) -> list[LabelledPrompt]:
+    """At most so many of each source of a domain, drawn at random, the same ones each time."""
     groups: dict[tuple[str, str], list[LabelledPrompt]] = defaultdict(list)
     for row in rows:
         groups[row.domain, row.source].append(row)
     rng = random.Random(0)
-    return [row for _, group in sorted(groups.items()) for row in rng.sample(group, min(ROWS_PER_SOURCE, len(group)))]
+    return [row for _, group in sorted(groups.items()) for row in rng.sample(group, min(most, len(group)))]
 
 
-def _own_questions() -> list[LabelledPrompt]:
-    questions = free_questions().items()
-    return [
-        LabelledPrompt(text, domain, "questions", f"questions.yaml:{domain}:{number}")
-        for domain, texts in questions
-        for number, text in enumerate(texts, 1)
-    ]
-
-
-def embed(rows: Sequence[LabelledPrompt], encoder: Encoder) -> Rows:
-    """The rows with their embeddings."""
+def embed(rows: Sequence[LabelledPrompt], encode: Callable[[list[str]], Any]) -> Rows:
+    """The rows with their embeddings, without their texts."""
     return Rows(
-        encoder.encode([row.text for row in rows]),
+        encode([row.text for row in rows]),
         tuple(row.domain for row in rows),
         tuple(row.source for row in rows),
         tuple(row.id for row in rows),
+        (None,) * len(rows),
     )

@@ -1,4 +1,4 @@
-"""Fit a head on embeddings, calibrate it, and set the threshold below which a prompt fits no domain."""
+"""Fit a head on stored embeddings, add a class to one, and calibrate it on held-out prompts."""
 
 from __future__ import annotations
 
@@ -6,67 +6,113 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .head import Floats, Head
+from .neighbours import Votes, vote
+from .openset import OpenSet
+from .rows import BACKGROUND, Rows
 
 INVERSE_REGULARISATION = 1.0
-"""sklearn's C. `python benchmarks/router.py --sweep` gives smaller values up to a point more on the dev sources, but they leave
-short free questions ("What is a tort?") at or below the open-set threshold."""
-SOURCE_WEIGHTS = {"questions": 3.0}
-"""Free questions count more than a data set of their domain: they are what people send."""
+"""sklearn's C."""
 
 
-def fit_head(embeddings: Floats, domains: Sequence[str], sources: Sequence[str]) -> Head:
-    """Multinomial logistic regression on [n, dimension] embeddings.
+def fit_head(rows: Rows) -> Head:
+    """Multinomial logistic regression on the balanced rows.
 
-    Every domain weighs the same, and within it every source, so that no large data set speaks for its whole domain.
+    Rows of the background are a class of their own beside the domains, which the head then leaves out: prompts near it get small
+    logits everywhere.
     """
     from sklearn.linear_model import LogisticRegression
 
-    labels, origins = np.asarray(domains), np.asarray(sources)
     model = LogisticRegression(C=INVERSE_REGULARISATION, max_iter=1000)
-    model.fit(embeddings, labels, sample_weight=_balance(labels, origins))
+    model.fit(rows.embeddings, np.asarray(rows.domains), sample_weight=rows.weights)
     weights, bias = model.coef_, model.intercept_
     if len(weights) < len(model.classes_):  # sklearn keeps one row for two classes
         weights, bias = np.vstack([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2
-    return Head(tuple(str(domain) for domain in model.classes_), weights.astype(np.float32), bias.astype(np.float32))
+    known = [index for index, domain in enumerate(model.classes_) if domain != BACKGROUND]
+    domains = tuple(str(model.classes_[index]) for index in known)
+    return Head(domains, weights[known].astype(np.float32), bias[known].astype(np.float32))
 
 
-def calibrate(
-    head: Head, embeddings: Floats, domains: Sequence[str], sources: Sequence[str], false_rejects: float
-) -> Head:
-    """Set temperature and threshold on held-out rows of known domains.
+def add_class(head: Head, rows: Rows, name: str) -> Head:
+    """The head with one more domain, whose prompts are among `rows`; what it knew stays as it was, weight for weight.
 
-    The temperature minimises the negative log-likelihood; the threshold refuses the share `false_rejects` of these rows.
-    Every source weighs the same.
+    Only the new weights w and bias b are fitted: they minimise the balanced negative log-likelihood of all rows under
+    softmax([fixed logits, x w + b]) + |w|^2 / (2 C n), as `fit_head` does with all of them.
+    """
+    from scipy.optimize import minimize
+
+    known = rows.where(lambda domain: domain != BACKGROUND)
+    embeddings = known.embeddings.astype(np.float64)
+    fixed = np.logaddexp.reduce(head.logits(known.embeddings).astype(np.float64), axis=1)
+    mine = np.asarray([domain == name for domain in known.domains])
+    weights = known.weights / len(known)
+
+    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        margin = embeddings @ parameters[:-1] + parameters[-1] - fixed
+        # log-likelihood of "the new one against all others": their shares among each other do not depend on it
+        value = weights @ (np.logaddexp(0, margin) - mine * margin)
+        slope = weights * (1 / (1 + np.exp(-margin)) - mine)
+        penalty = 1 / (INVERSE_REGULARISATION * len(known))
+        gradient = np.append(embeddings.T @ slope + penalty * parameters[:-1], slope.sum())
+        return float(value + penalty / 2 * parameters[:-1] @ parameters[:-1]), gradient
+
+    found = minimize(loss, np.zeros(embeddings.shape[1] + 1), jac=True, method="L-BFGS-B").x.astype(np.float32)
+    order = sorted(range(len(head.domains) + 1), key=lambda index: (*head.domains, name)[index])
+    return replace(
+        head,
+        domains=tuple((*head.domains, name)[index] for index in order),
+        weights=np.vstack([head.weights, found[:-1]])[order],
+        bias=np.append(head.bias, found[-1])[order],
+    )
+
+
+def drop_class(head: Head, name: str) -> Head:
+    """The head without a domain; the others stay as they were."""
+    keep = [index for index, domain in enumerate(head.domains) if domain != name]
+    return replace(
+        head,
+        domains=tuple(head.domains[index] for index in keep),
+        weights=head.weights[keep],
+        bias=head.bias[keep],
+    )
+
+
+def calibrate(head: Head, stored: Rows, held_out: Rows) -> tuple[Head, OpenSet]:
+    """Temperature, prediction sets and familiarity, on held-out prompts of known domains; every source weighs the same.
+
+    The temperature minimises the negative log-likelihood. `least` is the conformal quantile of the right domain's probability.
     """
     from scipy.optimize import minimize_scalar
 
-    labels = np.asarray([head.domains.index(domain) for domain in domains])
-    weights = _balance(np.asarray(domains), np.asarray(sources))
-    weights /= weights.sum()
+    labels = held_out.places(head.domains)
+    weights = held_out.weights / len(held_out)
+    embeddings, every = held_out.embeddings, np.arange(len(labels))
+    votes = vote(stored, embeddings, head.domains)
 
-    def loss(log_temperature: float) -> float:
-        chosen = replace(head, temperature=float(np.exp(log_temperature))).probabilities(embeddings)
-        return float(-(weights * np.log(chosen[np.arange(len(labels)), labels] + 1e-12)).sum())
+    def right(log_temperature: float) -> Floats:
+        warmer = replace(head, temperature=float(np.exp(log_temperature)))
+        found: Floats = warmer.probabilities(embeddings, votes.shares)[every, labels]
+        return found
 
-    best = minimize_scalar(loss, bounds=(-3.0, 3.0), method="bounded").x
-    calibrated = replace(head, temperature=float(np.exp(best)))
-    confidence = calibrated.probabilities(embeddings).max(axis=1)
-    order = np.argsort(confidence)
-    refused = np.cumsum(weights[order])
-    threshold = confidence[order][int(np.searchsorted(refused, false_rejects))]
-    return replace(calibrated, threshold=float(threshold))
+    best = minimize_scalar(lambda at: -(weights * np.log(right(at))).sum(), bounds=(-3.0, 3.0), method="bounded").x
+    chances = right(best)
+    order = np.argsort(chances)
+    allowed = 1 - head.coverage * (1 + 1 / len(labels))  # the finite-sample correction of conformal prediction
+    least = float(chances[order][int(np.searchsorted(np.cumsum(weights[order]), max(0.0, allowed)))])
+    calibrated = replace(head, temperature=float(np.exp(best)), least=least)
+    return calibrated, OpenSet.fit(views(calibrated, votes, embeddings), held_out.weights)
 
 
-def _balance(domains: NDArray[np.str_], sources: NDArray[np.str_]) -> NDArray[np.float64]:
-    """Weights with mean 1 that give every domain the same sum, and every source its share of its domain."""
-    weights = np.empty(len(domains))
-    for domain in (names := np.unique(domains)):
-        inside = domains == domain
-        shares = {source: SOURCE_WEIGHTS.get(str(source), 1.0) for source in np.unique(sources[inside])}
-        for source, share in shares.items():
-            rows = inside & (sources == source)
-            weights[rows] = len(domains) / len(names) * share / sum(shares.values()) / rows.sum()
-    return weights
+def views(head: Head, votes: Votes, embeddings: Floats) -> Floats:
+    """[n, 3]: the views of how familiar prompts are (see openset.py)."""
+    return np.stack([head.logits(embeddings).max(axis=1), votes.nearest, votes.agreement], axis=1)
+
+
+def right_by_source(guesses: Sequence[str], rows: Rows) -> dict[str, float]:
+    """Share of each source's rows whose guess is their domain, and `mean` over the sources."""
+    right: dict[str, list[bool]] = {}
+    for guess, domain, source in zip(guesses, rows.domains, rows.sources, strict=True):
+        right.setdefault(f"{domain}/{source}", []).append(guess == domain)
+    accuracy = {source: round(float(np.mean(hits)), 4) for source, hits in sorted(right.items())}
+    return {**accuracy, "mean": round(float(np.mean(list(accuracy.values()))), 4)}

@@ -1,40 +1,49 @@
-"""Text to scores over domains; and new domains, learned on stored embeddings."""
+"""Text to scores over domains; new domains from examples or a description; and why a prompt was scored as it was."""
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Self
 
-from ..errors import ArtifactCorrupt, InvalidRequest, NameTaken, UnknownDomain
-from ..models.encoder import Encoder
-from .artifact import RouterArtifact, Rows
-from .fit import fit_head
-from .policy import Scores
+import numpy as np
 
-FEWEST = 2
-"""Domains that a router cannot do without."""
+from ..errors import ArtifactCorrupt, InvalidRequest
+from .artifact import RouterArtifact
+from .encoder import Encoders
+from .explain import Explanation, explain
+from .head import Floats
+from .policy import Scores
+from .rows import Rows
+from .spelling import words_of
+
+REMEMBERED = 4096
+"""Prompts whose embeddings are kept: a conversation asks for its earlier turns again and again."""
 
 
 class Router:
-    """A fitted router with its encoder. Immutable: learning a domain gives a new one."""
+    """A fitted router with its encoder. Immutable: learning a domain gives a new artifact."""
 
-    def __init__(self, artifact: RouterArtifact, encoder: Encoder, version: str = "unsaved") -> None:
-        if artifact.encoder != encoder.identity:
+    def __init__(self, artifact: RouterArtifact, encoders: Encoders, version: str = "unsaved") -> None:
+        if artifact.encoder != (here := encoders.identity(artifact.adapter)):
             raise ArtifactCorrupt(
-                f"The router was fitted on the encoder {artifact.encoder}, this is {encoder.identity}.",
+                f"The router was fitted on the encoder {artifact.encoder}, this is {here}.",
                 hint="Set `encoder` back, or fit the router again.",
             )
         self.artifact = artifact
         self.version = version
-        self._encoder = encoder
+        self._encoder = encoders.get(artifact.adapter, artifact.words)
+        self._remembered: OrderedDict[bytes, Floats] = OrderedDict()
+        self._lock = threading.Lock()
 
     @classmethod
-    def load(cls, folder: Path, encoder: Encoder, version: str = "unsaved") -> Self:
+    def load(cls, folder: Path, encoders: Encoders, version: str = "unsaved") -> Self:
         """The router of a saved folder. Raises ArtifactCorrupt where it cannot be read or belongs to another encoder."""
-        return cls(RouterArtifact.load(folder), encoder, version)
+        return cls(RouterArtifact.load(folder), encoders, version)
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -42,41 +51,36 @@ class Router:
         return self.artifact.head.domains
 
     def scores(self, texts: Sequence[str], *, domains: Collection[str] | None = None) -> list[Scores]:
-        """One `Scores` a text. With `domains`, only these are weighed.
+        """One `Scores` a text. With `domains`, only these are weighed; raises what `RouterArtifact.scores` does."""
+        return self.artifact.scores(self.embed(texts), self.version, domains=domains)
 
-        Raises UnknownDomain for a domain that the router does not know, InvalidRequest where `domains` is empty.
-        """
-        if domains is not None and not domains:
-            raise InvalidRequest("No domain is left to choose from.", hint=f"Known domains: {', '.join(self.domains)}.")
-        if domains is not None and (unknown := set(domains) - set(self.domains)):
-            raise UnknownDomain(
-                f"No domain {', '.join(sorted(unknown))}.", hint=f"Known domains: {', '.join(self.domains)}."
-            )
-        head = self.artifact.head
-        out = []
-        embeddings = self._encoder.encode(texts)
-        for embedding, row in zip(embeddings, head.probabilities(embeddings), strict=True):
-            probabilities = {name: float(p) for name, p in zip(head.domains, row, strict=True)}
-            confidence = max(probabilities.values())
-            if domains is not None:
-                total = sum(probabilities[name] for name in domains)
-                probabilities = {
-                    name: probabilities[name] / total if total else 1 / len(domains) for name in sorted(domains)
-                }
-            chosen = head.prediction_set(probabilities)
-            out.append(Scores(embedding, probabilities, chosen, confidence, head.threshold, self.version))
-        return out
+    def embed(self, texts: Sequence[str]) -> Floats:
+        """Embeddings [n, dimension]; those of recent texts are remembered."""
+        keys = {text: sha256(text.encode()).digest() for text in texts}  # a prompt may be long, and is nobody's to keep
+        with self._lock:
+            found = {text: self._remembered[key] for text, key in keys.items() if key in self._remembered}
+        new = [text for text in dict.fromkeys(texts) if text not in found]
+        if new:
+            found.update(zip(new, self._encoder.encode(new), strict=True))
+        with self._lock:
+            for text, embedding in found.items():
+                self._remembered[keys[text]] = embedding
+                self._remembered.move_to_end(keys[text])
+            while len(self._remembered) > REMEMBERED:
+                self._remembered.popitem(last=False)
+        return (
+            np.stack([found[text] for text in texts]) if texts else np.zeros((0, self._encoder.dimension), np.float32)
+        )
+
+    def explain(self, text: str) -> Explanation:
+        """What speaks for each domain: the stored prompts nearest to this one, and the score against its threshold."""
+        return explain(self.artifact, self.embed([text])[0], self.version)
 
     def add_domain(self, name: str, examples: Sequence[str] = (), description: str = "") -> RouterArtifact:
-        """A router that also knows `name`, from example prompts, a description, or both.
+        """A router that also knows `name`, from example prompts, a description, or both; the encoder stays as it is.
 
-        The encoder stays as it is and the head is refitted on the stored embeddings, so it takes seconds. Raises NameTaken,
-        or InvalidRequest where neither examples nor a description say what the domain is about.
+        Raises NameTaken, or InvalidRequest where neither examples nor a description say what the domain is about.
         """
-        if name in self.domains:
-            raise NameTaken(
-                f"The router knows a domain {name!r} already.", hint="Remove it first, or choose another name."
-            )
         texts = list(dict.fromkeys(text.strip() for text in examples if text.strip()))
         if description.strip():
             texts += _from_description(name, description.strip())
@@ -85,23 +89,14 @@ class Router:
                 f"Nothing says what {name!r} is about.", hint="Give examples, documents or a description."
             )
         ids = tuple(sha256(text.encode()).hexdigest()[:16] for text in texts)
-        added = Rows(self._encoder.encode(texts), (name,) * len(texts), (f"user:{name}",) * len(texts), ids)
-        return self._refit(self.artifact.rows.plus(added))
+        n = len(texts)
+        added = Rows(self._encoder.encode(texts), (name,) * n, (f"user:{name}",) * n, ids, tuple(texts))
+        learned = self.artifact.with_domain(name, added)
+        return replace(learned, words=learned.words | words_of(texts))
 
     def remove_domain(self, name: str) -> RouterArtifact:
         """A router that no longer knows `name`. Raises UnknownDomain, or InvalidRequest for one of the last two."""
-        if name not in self.domains:
-            raise UnknownDomain(f"No domain {name!r}.", hint=f"Known domains: {', '.join(self.domains)}.")
-        if len(self.domains) <= FEWEST:
-            raise InvalidRequest("A router needs two domains at least.")
-        return self._refit(self.artifact.rows.without(name))
-
-    def _refit(self, rows: Rows) -> RouterArtifact:
-        before = self.artifact.head
-        fitted = fit_head(rows.embeddings, rows.domains, rows.sources)
-        # Temperature and threshold were set on held-out rows that a user does not have; they hold for the new head too.
-        head = replace(fitted, temperature=before.temperature, threshold=before.threshold, coverage=before.coverage)
-        return self.artifact.with_head(head, rows)
+        return self.artifact.without_domain(name)
 
 
 def _from_description(name: str, description: str) -> list[str]:
