@@ -17,9 +17,11 @@ from ..errors import InvalidRequest, NameTaken, UnknownExpert
 from ..experts.adapters import store_adapter
 from ..experts.home import Home
 from ..experts.probe import make_canary
+from ..models.cache import CachedModel
 from ..models.encoder import Encoder
 from ..retrieval import Chunk, build_index, chunk, read_documents
 from ..router.artifact import RouterArtifact
+from ..router.encoder import Encoders
 from ..router.router import Router
 from ..schema import Base, Canary, Card, Evidence, Lora, Release
 from .recipes import Progress
@@ -28,6 +30,8 @@ RESERVED = frozenset({"auto", "base", "none"})
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 PASSAGES_FOR_ROUTER = 200
 """Passages that the router learns a domain from, at most; taken evenly over the documents."""
+ENOUGH_PROMPTS = 20
+"""Prompts from which the router learns a domain without its passages: documents read unlike what people ask about them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,7 @@ def _register(
 ) -> Card:
     release = home.release()
     base = home.models.get(home.settings.base_model, progress)
-    encoder = Encoder(home.models.get(home.settings.encoder, progress))
+    encoder = home.models.get(home.settings.encoder, progress)
     with tempfile.TemporaryDirectory() as scratch:
         chunks = _chunks(domain, notes)
         index = _index(home, chunks, encoder, Path(scratch) / "index", progress)
@@ -113,8 +117,7 @@ def _unregister(home: Home, name: str) -> Release:
     router = None
     rows = zip(artifact.rows.domains, artifact.rows.sources, strict=True)
     if {source for label, source in rows if label == domain} == {f"user:{domain}"}:
-        encoder = Encoder(home.models.get(home.settings.encoder))
-        router = store_router(home, Router(artifact, encoder).remove_domain(domain))
+        router = store_router(home, artifact.without_domain(domain))
     return home.registry.publish(
         aliases={name: None},
         router=router,
@@ -211,10 +214,11 @@ def _chunks(domain: NewDomain, notes: Callable[[str], None]) -> list[Chunk]:
     return [piece for document in documents for piece in chunk(document)]
 
 
-def _index(home: Home, chunks: list[Chunk], encoder: Encoder, folder: Path, progress: Progress) -> str | None:
+def _index(home: Home, chunks: list[Chunk], model: CachedModel, folder: Path, progress: Progress) -> str | None:
     if not chunks:
         return None
     folder.mkdir()
+    encoder = Encoder(model)
     build_index(
         chunks,
         encoder.encode,
@@ -230,17 +234,25 @@ def _router(
     release: Release,
     domain: NewDomain,
     chunks: list[Chunk],
-    encoder: Encoder,
+    model: CachedModel,
     progress: Progress,
 ) -> str | None:
     """The hash of a router that knows the domain, None where the live one does."""
-    router = Router.load(home.artifacts.verify(release.router), encoder)
-    if domain.name in router.domains:
+    artifact = RouterArtifact.load(home.artifacts.verify(release.router))
+    if domain.name in artifact.head.domains:
         return None
     progress("teaching the router", 0, 0)
+    encoders = Encoders(
+        model,
+        precision=home.settings.encoder_precision,
+        threads=home.settings.threads,
+        device=home.settings.device,
+    )
+    router = Router(artifact, encoders)
     every = max(1, -(-len(chunks) // PASSAGES_FOR_ROUTER))
-    examples = [*domain.prompts, *(piece.text for piece in chunks[::every])]
-    return store_router(home, router.add_domain(domain.name, examples, domain.description))
+    passages = [piece.text for piece in chunks[::every]] if len(domain.prompts) < ENOUGH_PROMPTS else []
+    artifact = router.add_domain(domain.name, [*domain.prompts, *passages], domain.description)
+    return store_router(home, artifact)
 
 
 def store_router(home: Home, artifact: RouterArtifact) -> str:
