@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, overload
 
 from .errors import CollegiumError, ContextTooLong, InvalidRequest
 from .retrieval import with_context
+from .router.words import users_words
 from .schema import Card, Context, Decision, Delta, ExpertRequest, Message, Reply, Sampling, Usage
 from .serving import Serving
 from .settings import Settings
@@ -17,6 +18,7 @@ from .settings import Settings
 if TYPE_CHECKING:
     from .experts.engine.generation import Generation, Item
     from .models.fetch import Progress
+    from .router.explain import Explanation
 
 Prompt = str | Sequence[Message | Mapping[str, Any]]
 
@@ -134,8 +136,12 @@ class Collegium:
         """Who would answer: one decision for a prompt or a conversation, a list for a list of prompts."""
         snapshot = self._serving.snapshot()
         if isinstance(prompt, list) and prompt and all(isinstance(one, str) for one in prompt):
-            return [decision for decision, _ in snapshot.route([as_messages(one) for one in prompt])]
-        return snapshot.route([as_messages(prompt)])[0][0]  # type: ignore[arg-type]
+            return [routed.decision for routed in snapshot.route([as_messages(one) for one in prompt])]
+        return snapshot.route([as_messages(prompt)])[0].decision  # type: ignore[arg-type]
+
+    def explain(self, prompt: str) -> Explanation:
+        """Why the router scores a prompt as it does: the stored prompts nearest to it, and its score against the threshold."""
+        return self._serving.snapshot().router.explain(users_words(as_messages(prompt)[-1].content))
 
     def stream(
         self,
@@ -155,10 +161,10 @@ class Collegium:
         started = time.perf_counter()
         messages = as_messages(prompt)
         snapshot = self._serving.snapshot()
-        decision, embedding = snapshot.route([messages], expert=expert, domains=domains)[0]
-        routed = time.perf_counter()
-        decision, card, chosen = snapshot.dispatch(decision)
-        context = snapshot.retrieve(card, decision, embedding) if retrieve else Context()
+        routed = snapshot.route([messages], expert=expert, domains=domains)[0]
+        decided = time.perf_counter()
+        decision, card, chosen = snapshot.dispatch(routed.decision)
+        context = snapshot.retrieve(card, routed) if retrieve else Context()
         retrieved = time.perf_counter()
         request = ExpertRequest(
             messages=with_context(messages, context),
@@ -168,7 +174,7 @@ class Collegium:
             seed=seed,
             request_id=request_id,
         )
-        timings = {"route": routed - started, "retrieve": retrieved - routed}
+        timings = {"route": decided - started, "retrieve": retrieved - decided}
         try:
             generation = chosen.start(request)
         except ContextTooLong:
@@ -176,6 +182,7 @@ class Collegium:
                 raise
             context = Context()  # the question matters more than what was found for it
             generation = chosen.start(replace(request, messages=messages, context=context))
+        self._serving.note(snapshot, replace(routed, decision=decision), domains)
         return Answer(decision, context, card.version, chosen.mode, generation, timings, started)
 
     def chat(self, prompt: Prompt, **options: Any) -> Reply:

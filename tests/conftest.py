@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
+import numpy as np
 import pytest
 
 from collegium.settings import Settings
@@ -38,6 +39,7 @@ WORDS: dict[str, list[str]] = {
     "math": ["integral", "theorem", "prime", "matrix", "equation", "triangle", "algebra", "sum"],
 }
 SENTENCES = ["what is a {0} and a {1}", "explain the {0}", "how does a {0} differ from a {1}", "is my {1} a {0} or {2}"]
+TYPICAL, SPREAD = (1.7, 0.985, 0.95), (0.4, 0.03, 0.12)  # what the tiny router's open-set test takes for familiar
 FREE_WORDS = ["banana", "river", "guitar", "violin", "mountain", "kitchen", "soup", "recipe"]
 
 
@@ -68,6 +70,12 @@ def prompts() -> Mapping[str, str]:
         "math": "explain the prime theorem",
         "unknown": "a river, a mountain, a guitar and a violin",
     }
+
+
+@pytest.fixture(scope="session")
+def between() -> str:
+    """A prompt that may be of `law`, which is likelier, or of `code`."""
+    return "how does a tort tort differ from a function"
 
 
 @pytest.fixture(scope="session")
@@ -264,25 +272,30 @@ def tiny_bundle(
 
 def _fit_router(encoder_folder: Path, root: Path) -> None:
     from collegium.models.cache import ModelCache
-    from collegium.models.encoder import Encoder
-    from collegium.router.artifact import RouterArtifact, Rows
+    from collegium.router.artifact import RouterArtifact
+    from collegium.router.encoder import Encoders
     from collegium.router.fit import fit_head
+    from collegium.router.openset import OpenSet
+    from collegium.router.rows import Rows
 
-    rows = [
+    made_up = [
         (domain, shape.format(words[at], words[(at + step) % len(words)], words[(at + step + 1) % len(words)]))
         for domain, words in WORDS.items()
         for shape in SENTENCES
         for at in range(len(words))
         for step in range(1, 5)
     ]
-    domains = tuple(domain for domain, _ in rows)
+    encoders = Encoders(ModelCache(root / "models").get(str(encoder_folder)), precision="float32", device="cpu")
+    domains = tuple(domain for domain, _ in made_up)
     sources = tuple(f"made-up:{domain}" for domain in domains)
-    encoder = Encoder(ModelCache(root / "models").get(str(encoder_folder)))
-    embeddings = encoder.encode([text for _, text in rows])
+    ids = tuple(f"row-{number}" for number in range(len(made_up)))
+    embeddings = encoders.get(None).encode([text for _, text in made_up])
+    rows = Rows(embeddings, domains, sources, ids, (None,) * len(made_up))
     # Not calibrated: rows that are told apart perfectly would make it certain of everything.
-    head = replace(fit_head(embeddings, domains, sources), threshold=0.5)
-    ids = tuple(f"row-{number}" for number in range(len(rows)))
-    artifact = RouterArtifact(head, Rows(embeddings, domains, sources, ids), encoder.identity, {"data": "made up"})
+    head = replace(fit_head(rows), coverage=0.9, least=0.1)
+    views = np.random.default_rng(0).normal(TYPICAL, SPREAD, size=(1000, 3)).astype(np.float32)
+    open_set = OpenSet.fit(views, np.ones(len(views), np.float32))
+    artifact = RouterArtifact(head, open_set, rows, 0.05, encoders.identity(None), None, {"data": "made up"})
     (root / "router").mkdir()
     artifact.save(root / "router")
 
@@ -305,6 +318,7 @@ def make_settings(tiny_base: Path, tiny_encoder: Path, seed: None) -> Callable[.
 
     def make(home: Path, **changes: Any) -> Settings:
         common = {"base_model": str(tiny_base), "encoder": str(tiny_encoder), "max_tokens": 16, "threads": 1}
+        common |= {"encoder_precision": "float32"}  # no export, and nothing in the user's cache folder
         values = common | {"device": "cpu", "max_prompt_tokens": 400, "repetition_penalty": 1.0} | changes
         home.mkdir(parents=True, exist_ok=True)
         (home / "collegium.toml").write_text("".join(f"{key} = {json.dumps(one)}\n" for key, one in values.items()))

@@ -45,7 +45,10 @@ def home(make_settings: MakeSettings, tmp_path_factory: pytest.TempPathFactory) 
     root = tmp_path_factory.mktemp("bundle")
     (root / "song.txt").write_text(TEXT, "utf-8")
     with Home(make_settings(root / "home")) as opened:
-        domain = NewDomain("music", "Guitars.", (root / "song.txt",))
+        asked = tuple(
+            f"{start} guitar and {other} violin" for start in ("is the", "the", "explain the") for other in ("a", "the")
+        )
+        domain = NewDomain("music", "Guitars.", (root / "song.txt",), asked)
         register(opened, domain, progress=lambda what, done, of: None)
         yield opened
 

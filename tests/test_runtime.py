@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from collegium.errors import (
@@ -15,8 +18,11 @@ from collegium.errors import (
     UnknownDomain,
     UnknownExpert,
 )
+from collegium.experts.decisions import Stored, latest
+from collegium.experts.home import Home
 from collegium.runtime import Collegium
 from collegium.schema import Message, Reply, Sampling
+from collegium.serving import TURNS
 from collegium.settings import Settings
 
 MakeSettings = Callable[..., Settings]
@@ -127,14 +133,164 @@ def test_domains_limit_what_is_weighed(collegium: Collegium, prompts: Mapping[st
         collegium.chat(prompts["law"], domains=["tax"])
 
 
-def test_a_second_turn_is_read_with_the_first(collegium: Collegium, prompts: Mapping[str, str]) -> None:
-    turns = [Message("user", prompts["law"]), Message("assistant", "It is."), Message("user", "And why?")]
+def talk(*said: str) -> list[Message]:
+    """A conversation in which the user says these things."""
+    turns = [turn for text in said for turn in (Message("user", text), Message("assistant", "It is."))]
+    return turns[:-1]
+
+
+def test_a_conversation_stays_with_who_answers_it(collegium: Collegium, prompts: Mapping[str, str]) -> None:
+    law, code, nothing = prompts["law"], prompts["code"], prompts["unknown"]
     assert collegium.route("And why?").reason == "unknown_domain"
-    assert collegium.route(turns).domain == "law"
-    changed = [*turns[:2], Message("user", prompts["code"])]
-    assert collegium.chat(changed).decision.domain == "code"
-    nothing = [Message("user", prompts["unknown"]), *turns[1:]]
-    assert collegium.route(nothing).reason == "unknown_domain"
+    first, stays = collegium.route(talk(law)), collegium.route(talk(law, "And why?"))
+    assert (stays.domain, stays.expert, stays.reason) == ("law", "law", "sticky")
+    assert stays.candidates == first.candidates
+    assert stays.probabilities == pytest.approx(collegium.route("And why?").probabilities)
+    assert collegium.chat(talk(law, "And why?")).expert_version == collegium.experts()["law"].version
+    turned = collegium.chat(talk(law, "And why?", code)).decision
+    assert (turned.domain, turned.reason) == ("code", "routed")
+    assert collegium.route(talk(law, code, "And why?")).domain == "code"
+    assert collegium.route(talk(law, law)).reason == "routed"
+    assert collegium.route(talk(nothing, "And why?")).reason == "unknown_domain"
+    assert collegium.route(talk(prompts["health"], "And why?")).expert == "base"
+
+
+def test_a_conversation_is_forgotten_after_many_turns(collegium: Collegium, prompts: Mapping[str, str]) -> None:
+    reasons = [
+        collegium.route(talk(prompts["law"], *["And why?"] * count)).reason
+        for count in (1, TURNS - 1, TURNS, TURNS + 9)
+    ]
+    assert reasons == ["sticky", "sticky", "unknown_domain", "unknown_domain"]
+
+
+def test_who_is_asked_for_does_not_bind_what_follows(collegium: Collegium, prompts: Mapping[str, str]) -> None:
+    decision = collegium.chat(talk(prompts["law"], "And why?"), expert="code").decision
+    assert (decision.expert, decision.reason, decision.domain) == ("code", "explicit", None)
+
+
+def test_a_domain_that_is_left_out_does_not_hold_a_conversation(
+    collegium: Collegium, prompts: Mapping[str, str]
+) -> None:
+    decision = collegium.chat(talk(prompts["law"], "And why?"), domains=["code", "math"]).decision
+    assert decision.domain != "law"
+    assert decision.expert != "law"
+
+
+def test_every_turn_may_stand_for_itself(
+    make_settings: MakeSettings, tmp_path: Path, prompts: Mapping[str, str]
+) -> None:
+    with Collegium.open(make_settings(tmp_path / "home", sticky=False)) as opened:
+        assert opened.route(talk(prompts["law"], "And why?")).reason == "unknown_domain"
+        assert opened.route(talk(prompts["law"], prompts["code"])) == opened.route(prompts["code"])
+
+
+WRAPPED = """You are a helpful assistant.
+
+<system-reminder>
+The court and the judge: the plaintiff is liable for the tort, says the statute of the lawsuit.
+</system-reminder>
+
+{}"""
+
+
+def test_what_a_program_wraps_around_a_prompt_does_not_route_it(
+    collegium: Collegium, prompts: Mapping[str, str]
+) -> None:
+    for prompt in prompts.values():
+        assert collegium.route(WRAPPED.format(prompt)) == collegium.route(prompt)
+    assert collegium.route(talk(WRAPPED.format(prompts["code"]), WRAPPED.format("And why?"))).domain == "code"
+    bare, wrapped = (collegium.chat(one, expert="base") for one in (prompts["code"], WRAPPED.format(prompts["code"])))
+    assert wrapped.usage.prompt_tokens > bare.usage.prompt_tokens + 80  # the expert reads everything
+
+
+def test_a_decision_is_explained(collegium: Collegium, prompts: Mapping[str, str]) -> None:
+    for name, prompt in prompts.items():
+        found, decision = collegium.explain(WRAPPED.format(prompt)), collegium.route(prompt)
+        assert found.scores.probabilities == decision.probabilities
+        assert (found.scores.confidence, found.scores.threshold) == (decision.confidence, decision.threshold)
+        assert found.scores.known == (name != "unknown")
+        assert next(iter(found.nearest)) == max(
+            decision.probabilities, key=lambda domain: decision.probabilities[domain]
+        )
+        assert next(iter(found.nearest.values()))[0].id.startswith("row-")
+    with pytest.raises(InvalidRequest, match="empty"):
+        collegium.explain(" ")
+
+
+def test_several_experts_answer_together(
+    make_settings: MakeSettings, tmp_path: Path, collegium: Collegium, between: str
+) -> None:
+    alone = {name: collegium.chat(between, expert=name) for name in ("law", "code")}
+    with Collegium.open(make_settings(tmp_path / "home", policy="mixture")) as opened:
+        reply = opened.chat(between)
+        weights = dict(reply.decision.candidates)
+        assert (reply.mode, reply.decision.reason, set(weights)) == ("mixture", "routed", {"law", "code"})
+        assert sum(weights.values()) == pytest.approx(1)
+        assert reply.expert_version == opened.experts()[reply.decision.expert].version
+        assert reply.usage.prompt_tokens == alone["law"].usage.prompt_tokens
+        chances = reply.decision.probabilities
+        assert weights["law"] / weights["code"] == pytest.approx(chances["law"] / chances["code"], rel=1e-4)
+        assert opened.chat("the contract and the plaintiff").mode == "lora"  # nobody else is likely
+        assert opened.chat(between, expert="law").text == alone["law"].text
+        assert opened.chat(talk(between, "And why?")).mode == "mixture"
+
+
+def test_a_policy_that_is_not_there_is_said_on_opening(make_settings: MakeSettings, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"no policy 'best'.*frugal, mixture, top1"):
+        Collegium.open(make_settings(tmp_path / "home", policy="best"))
+
+
+def logged(settings: Settings) -> list[Stored]:
+    """The log of a home, oldest first."""
+    with Home(settings) as home:
+        return latest(home.registry, 100)[::-1]
+
+
+def test_what_was_decided_is_logged(fresh_settings: Settings, prompts: Mapping[str, str]) -> None:
+    with Collegium.open(fresh_settings) as opened:
+        replies = [
+            opened.chat(prompts["law"]),
+            opened.chat(WRAPPED.format(prompts["code"]), domains=["math", "code"]),
+            opened.chat(prompts["unknown"], expert="law"),
+            opened.chat(talk(prompts["law"], "And why?")),
+        ]
+        opened.route(prompts["math"])  # nobody answered
+        embedding = opened.explain(prompts["law"]).scores.embedding
+        encoder = opened.settings.encoder
+        release = 1
+    rows = logged(fresh_settings)
+    assert [row.decision for row in rows] == [reply.decision for reply in replies]
+    assert [row.domains for row in rows] == [None, ("math", "code"), None, None]
+    assert {(row.text, row.release) for row in rows} == {(None, release)}
+    assert encoder not in rows[0].encoder
+    assert rows[0].encoder.startswith("BertModel:")
+    np.testing.assert_allclose(rows[0].embedding, embedding, atol=1e-3)
+    assert rows[1].prompt_hash == sha256(prompts["code"].encode()).hexdigest()  # of what was routed
+
+
+def test_what_could_not_be_served_is_logged_as_it_was_answered(
+    make_settings: MakeSettings, tiny_base: Path, tmp_path: Path, prompts: Mapping[str, str]
+) -> None:
+    other = shutil.copytree(tiny_base, tmp_path / "other-base")
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    settings = make_settings(tmp_path / "home", base_model=str(other))
+    with Collegium.open(settings) as opened:
+        opened.chat(prompts["law"])
+    assert [row.decision.reason for row in logged(settings)] == ["degraded"]
+
+
+@pytest.mark.parametrize(
+    ("change", "texts"), [({"log_prompts": True}, ["explain the prime theorem"]), ({"log_decisions": False}, [])]
+)
+def test_settings_say_what_is_logged(
+    make_settings: MakeSettings, tmp_path: Path, change: Mapping[str, bool], texts: list[str]
+) -> None:
+    settings = make_settings(tmp_path / "home", **change)
+    with Collegium.open(settings) as opened:
+        opened.chat("explain the prime theorem")
+    assert [row.text for row in logged(settings)] == texts
 
 
 @pytest.mark.parametrize(

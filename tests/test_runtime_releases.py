@@ -14,6 +14,8 @@ import pytest
 
 from collegium.errors import ArtifactCorrupt, UnknownExpert
 from collegium.experts.engine.engine import Engine
+from collegium.experts.engine.generation import Generation
+from collegium.experts.engine.request import Request
 from collegium.experts.home import Home
 from collegium.models.cache import ModelCache
 from collegium.models.encoder import Encoder
@@ -69,6 +71,34 @@ def test_a_damaged_adapter_is_never_served(
     assert reply.text == collegium.chat(prompts["law"], expert="base").text
     assert adapter in caplog.text
     assert "law" in caplog.text
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_one_damaged_adapter_of_several_is_never_served(
+    place: int, make_settings: MakeSettings, tmp_path: Path, between: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = make_settings(tmp_path / "home", policy="mixture")
+    with Collegium.open(settings) as opened:
+        names = [name for name, _ in opened.route(between).candidates]
+    assert set(names) == {"law", "code"}
+    with somebody_else(settings) as home:
+        flip(home.artifacts.path(adapter_of(home.cards(home.release())[names[place]])) / "adapter_model.safetensors")
+    with Collegium.open(settings) as opened, caplog.at_level(logging.ERROR):
+        reply = opened.chat(between)
+    expected = ("degraded", (("base", 1.0),), "base") if place == 0 else ("routed", ((names[0], 1.0),), "lora")
+    assert (reply.decision.reason, reply.decision.candidates, reply.mode) == expected
+    assert f"expert {names[place]} cannot serve" in caplog.text
+
+
+def test_a_release_without_the_fallback_changes_nothing(
+    make_settings: MakeSettings, tmp_path: Path, prompts: Mapping[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = make_settings(tmp_path / "home", fallback="law")
+    with Collegium.open(settings) as opened, somebody_else(settings) as home, caplog.at_level(logging.ERROR):
+        before = opened.chat(prompts["unknown"])
+        home.registry.publish(aliases={"law": None}, note="somebody takes the fallback away")
+        assert opened.chat(prompts["unknown"]).text == before.text
+    assert "The fallback 'law' is not an expert" in caplog.text
 
 
 def test_a_missing_router_is_said_on_opening(fresh_settings: Settings) -> None:
@@ -160,13 +190,13 @@ def said(monkeypatch: pytest.MonkeyPatch, tiny_base: Path) -> list[str]:
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     prompts: list[str] = []
-    generate = Engine.generate
+    submit = Engine.submit
 
-    def listening(self: Engine, prompt: list[int], **options: object) -> object:
-        prompts.append(str(tokenizer.decode(prompt)))
-        return generate(self, prompt, **options)  # type: ignore[arg-type]
+    def listening(self: Engine, request: Request) -> Generation:
+        prompts.extend(str(tokenizer.decode(list(row.prompt))) for row in request.local)
+        return submit(self, request)
 
-    monkeypatch.setattr(Engine, "generate", listening)
+    monkeypatch.setattr(Engine, "submit", listening)
     return prompts
 
 
@@ -193,6 +223,20 @@ def test_documents_answer_for_an_expert_that_is_asked_for(running: Collegium, pr
     assert running.chat(prompts["law"], expert="law").citations
     assert not running.chat(prompts["code"]).citations
     assert not running.chat(prompts["law"], expert="code").citations
+
+
+@pytest.mark.usefixtures("index")
+def test_what_follows_up_is_looked_up_with_what_it_follows(
+    running: Collegium, prompts: Mapping[str, str], said: list[str]
+) -> None:
+    turns = [Message("user", prompts["law"]), Message("assistant", "It is."), Message("user", "And why?")]
+    reply = running.chat(turns)
+    assert reply.decision.reason == "sticky"
+    assert [passage.text for passage in reply.citations] == [
+        passage.text for passage in running.chat(f"{prompts['law']}\nAnd why?", expert="law").citations
+    ]
+    first = next(text for text in said if "And why?" in text)
+    assert first.index(reply.citations[0].text) < first.index("And why?")
 
 
 @pytest.mark.usefixtures("index")
