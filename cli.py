@@ -6,16 +6,17 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_router import decisions, router
+from .cli_shared import AsJson, given, load_settings, open_home, reporting
+
 if TYPE_CHECKING:
-    from .experts.home import Home
     from .models.fetch import Progress
+    from .runtime import Collegium
     from .settings import Settings
 
 app = typer.Typer(
@@ -26,14 +27,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 experts = typer.Typer(help="List, show, add and remove experts.", no_args_is_help=True)
-router = typer.Typer(help="Fit the router.", no_args_is_help=True)
 releases = typer.Typer(help="List releases, go back to one, write one to a folder.", no_args_is_help=True)
 app.add_typer(experts, name="experts")
 app.add_typer(router, name="router")
+app.add_typer(decisions, name="decisions")
 app.add_typer(releases, name="releases")
 
 Files = Annotated[list[Path], typer.Option(help="JSON lines with prompt and answer (.jsonl, .jsonl.gz); repeatable.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 def main() -> None:
@@ -72,10 +72,7 @@ def options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
     """Settings that hold for every command; the environment (COLLEGIUM_HOME ...) and collegium.toml set them too."""
-    _given.update({"home": home}, quiet=quiet)
-
-
-_given: dict[str, Any] = {}
+    given.update({"home": home}, quiet=quiet)
 
 
 @app.command()
@@ -91,9 +88,9 @@ def chat(
     """Ask the experts: a streamed answer, then who gave it and why."""
     from .console import converse, show_answer
 
-    settings = _settings(max_tokens=max_tokens, temperature=temperature)
+    settings = load_settings(max_tokens=max_tokens, temperature=temperature)
     ask: dict[str, Any] = {"expert": expert, "retrieve": not no_retrieval}
-    with _progress() as progress:
+    with reporting() as progress:
         collegium = _open(settings, progress)
     with collegium:
         talking = sys.stdin.isatty() and not as_json and (prompt is None or go_on)
@@ -109,18 +106,25 @@ def route(
     prompts: Annotated[
         list[str] | None, typer.Argument(help="Prompts; without any, one a line on standard input.")
     ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say why, with the stored prompts that lie nearest.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show who would answer, without asking. With --json, one JSON object a line."""
     from .console import show_decision
+    from .console_router import show_explanation
 
-    settings = _settings()
-    with _progress() as progress:
-        collegium = _open(settings, progress)
+    with reporting() as progress:
+        collegium = _open(load_settings(), progress)
     with collegium:
         texts = prompts or [line for line in _standard_input().splitlines() if line.strip()]
-        for text, decision in zip(texts, collegium.route(list(texts)) if texts else [], strict=True):
-            show_decision(decision, prompt=text, as_json=as_json)
+        routed = zip(texts, collegium.route(list(texts)) if texts else [], strict=True)
+        for text, decision in routed:
+            if explain:
+                show_explanation(collegium.explain(text), decision, prompt=text, as_json=as_json)
+            else:
+                show_decision(decision, prompt=text, as_json=as_json)
 
 
 @app.command()
@@ -131,8 +135,8 @@ def serve(
     """Serve the OpenAI-compatible endpoint."""
     from .service import run
 
-    settings = _settings(host=host, port=port)
-    with _home(settings) as home, _progress() as progress:  # the first time, show that models are being fetched
+    settings = load_settings(host=host, port=port)
+    with open_home(settings) as home, reporting() as progress:  # the first time, show that models are being fetched
         for model in (settings.encoder, settings.base_model):
             home.models.get(model, progress)
     run(settings)
@@ -170,7 +174,7 @@ def train(
         limit=limit,
         test_limit=test_limit,
     )
-    with _home() as home, _progress() as progress:
+    with open_home() as home, reporting() as progress:
         card, verdict = train_expert(plan, home, force=force, progress=progress)
     show_card(card)
     typer.echo(f"{card.version} is live. It is {verdict}.")
@@ -181,7 +185,7 @@ def list_experts(as_json: AsJson = False) -> None:
     """Who is live, and what for."""
     from .console import show_cards
 
-    with _home() as home:
+    with open_home() as home:
         show_cards(home.cards(home.release()), as_json=as_json)
 
 
@@ -190,7 +194,7 @@ def show_expert(name: str, as_json: AsJson = False) -> None:
     """One expert's card: what it is and what was measured."""
     from .console import show_card
 
-    with _home() as home:
+    with open_home() as home:
         show_card(home.registry.resolve(name, home.release()), as_json=as_json)
 
 
@@ -201,15 +205,24 @@ def add_expert(
     description: Annotated[str, typer.Option(help="What the domain is about, in a sentence.")] = "",
     examples: Annotated[list[Path] | None, typer.Option(help="Prompts of the domain: JSON lines, or text.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="A PEFT folder (LoRA) to answer with.")] = None,
+    refit: Annotated[bool, typer.Option(help="Refit the router's head where the domain is new to it.")] = True,
 ) -> None:
     """Make a domain live at once: an index over its documents and a router class, on the base model or a given adapter."""
+    from .training.fit_router import refit as refit_head
     from .training.register import NewDomain, read_prompts, register
 
     prompts = read_prompts(examples or [])
     domain = NewDomain(name, description, tuple(docs or ()), prompts)
-    with _home() as home, _progress() as progress:
-        card = register(home, domain, adapter=adapter, progress=progress, notes=_note)
-    typer.echo(f"{card.version} is live.")
+    with open_home() as home:
+        before = home.release().router
+        with reporting() as progress:
+            card = register(home, domain, adapter=adapter, progress=progress, notes=_note)
+        typer.echo(f"{card.version} is live.")
+        if refit and home.release().router != before:  # the domain was new to the router
+            with reporting() as progress:
+                progress("refitting the router", 0, 0)
+                release = refit_head(home)
+            typer.echo(f"The router's head was refitted: release {release.id}.")
 
 
 @experts.command("remove")
@@ -217,30 +230,16 @@ def remove_expert(name: str) -> None:
     """Take an expert out of service; earlier releases keep it."""
     from .training.register import unregister
 
-    with _home() as home:
+    with open_home() as home:
         release = unregister(home, name)
     back = f"`collegium releases rollback {release.parent}` brings it back"
     typer.echo(f"{name} is no longer live (release {release.id}); {back}.")
 
 
-@router.command("fit")
-def fit_router(
-    training: Annotated[Path, typer.Option("--train", help="JSON lines with text, domain and source.")],
-    held_out: Annotated[Path, typer.Option("--dev", help="The same, from sources that the training file lacks.")],
-) -> None:
-    """Fit the router anew and publish it. Domains that were added by hand have to be added again."""
-    from .training.fit_router import fit
-
-    with _home() as home, _progress() as progress:
-        release, accuracy = fit(home, training, held_out, progress)
-    typer.echo(json.dumps(accuracy, indent=1))
-    typer.echo(f"Release {release.id} is live.")
-
-
 @releases.command("list")
 def list_releases() -> None:
     """Every release, newest first; the live one is marked."""
-    with _home() as home:
+    with open_home() as home:
         live = home.release().id
         for release in home.registry.releases():
             mark = "*" if release.id == live else " "
@@ -250,7 +249,7 @@ def list_releases() -> None:
 @releases.command("rollback")
 def rollback(release_id: int) -> None:
     """Make an earlier release live again."""
-    with _home() as home:
+    with open_home() as home:
         home.registry.rollback(release_id)
     typer.echo(f"Release {release_id} is live.")
 
@@ -260,38 +259,15 @@ def export(folder: Annotated[Path, typer.Argument(help="Folder to write; replace
     """Write the live release with its cards and artifacts as a plain folder."""
     from .experts.bundle import export_release
 
-    with _home() as home:
+    with open_home() as home:
         export_release(folder, home.registry, home.artifacts, home.release())
     typer.echo(f"Wrote {folder}.")
 
 
-def _settings(**flags: Any) -> Settings:
-    from .settings import Settings
-
-    return Settings.load(home=_given.get("home"), **flags)
-
-
-@contextmanager
-def _home(settings: Settings | None = None) -> Iterator[Home]:
-    from .experts.home import Home
-
-    with Home(settings or _settings()) as home:
-        yield home
-
-
-def _open(settings: Settings, progress: Progress) -> Any:
+def _open(settings: Settings, progress: Progress) -> Collegium:
     from .runtime import Collegium
 
     return Collegium.open(settings, progress=progress)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar on standard error for each long piece of work, with the time left; silent where nobody looks."""
-    from .console import progress_bars
-
-    with progress_bars(quiet=bool(_given.get("quiet"))) as report:
-        yield report
 
 
 def _standard_input() -> str:

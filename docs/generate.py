@@ -132,7 +132,7 @@ def _settings() -> Iterator[str]:
     meanings = _field_docs(Path(inspect.getfile(settings)))
     for name, field in settings.Settings.model_fields.items():
         # The default home depends on the machine that writes this page.
-        default = "the user's data folder" if field.default_factory else _default(field.default)
+        default = "the user's data folder" if field.default_factory else _setting_default(field.default)
         bounds = [
             f"{sign} {getattr(one, key):g}"
             for one in field.metadata
@@ -147,7 +147,12 @@ def _settings() -> Iterator[str]:
 def _setting_values(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return ", ".join(f"`{value}`" for value in typing.get_args(kind))
-    return {int: "whole number", float: "number", Path: "path"}.get(_inner(kind), "text")
+    words = {bool: "`true`, `false`", int: "whole number", float: "number", Path: "path"}
+    return words.get(_inner(kind), "text")
+
+
+def _setting_default(value: object) -> str:
+    return f"`{str(value).lower()}`" if isinstance(value, bool) else _default(value)
 
 
 def _field_docs(source: Path) -> dict[str, str]:

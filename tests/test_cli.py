@@ -119,7 +119,10 @@ def test_help_is_there_at_once_and_loads_nothing_heavy() -> None:
     done = subprocess.run([COMMAND, "--help"], capture_output=True, check=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    assert all(name in done.stdout for name in ("chat", "route", "serve", "train", "experts", "router", "releases"))
+    assert all(
+        name in done.stdout
+        for name in ("chat", "route", "serve", "train", "experts", "router", "decisions", "releases")
+    )
     assert done.stderr == ""
     assert seconds < 0.5
     traced = subprocess.run([sys.executable, "-X", "importtime", COMMAND, "--help"], capture_output=True, check=True)
@@ -149,6 +152,10 @@ def test_a_process_of_its_own_prints_the_answer_and_nothing_else(tiny_settings: 
         "experts add",
         "experts remove",
         "router fit",
+        "router refit",
+        "router show",
+        "decisions list",
+        "decisions replay",
         "releases list",
         "releases rollback",
         "releases export",
@@ -307,17 +314,23 @@ def test_a_domain_is_added_and_removed_and_brought_back(writing: Run, home: Home
     docs.mkdir()
     (docs / "song.txt").write_text("The guitar and the violin by the river.", "utf-8")
     (docs / "photo.png").write_bytes(b"\x89PNG")
-    (tmp_path / "prompts.txt").write_text("is the guitar a violin\n", "utf-8")
+    asked = [
+        f"{start} guitar and {other} violin\n" for start in ("is the", "a", "explain the") for other in ("a", "the")
+    ]
+    (tmp_path / "prompts.txt").write_text("".join(asked), "utf-8")
     added = writing("experts", "add", "music", "--docs", docs, "--examples", tmp_path / "prompts.txt")
     card = home.cards(home.release())["music"]
-    assert (added.status, added.out) == (0, f"{card.version} is live.\n")
+    live = home.release().id
+    assert (added.status, added.out) == (
+        0,
+        f"{card.version} is live.\nThe router's head was refitted: release {live}.\n",
+    )
     assert "photo.png was not read" in added.err
     (body,) = lines(writing("chat", "--json", "a guitar and a violin"))
     assert (body["expert_version"], body["citations"][0]["document"]) == (card.version, "song.txt")
     assert "[1] song.txt, characters 0-39" in writing("chat", "a guitar and a violin").out
     (body,) = lines(writing("chat", "--json", "--no-retrieval", "a guitar and a violin"))
     assert body["citations"] == []
-    live = home.release().id
     removed = writing("experts", "remove", "music")
     assert removed.status == 0
     assert f"release {home.release().id}" in removed.out
@@ -325,8 +338,12 @@ def test_a_domain_is_added_and_removed_and_brought_back(writing: Run, home: Home
     assert writing("releases", "rollback", live) == Result(0, f"Release {live} is live.\n", "")
     assert home.release().aliases["music"] == card.version
     listed = writing("releases", "list").out.splitlines()
-    assert [line.split()[0] == "*" for line in listed] == [False, True, False]
-    assert [line.split()[-2:] for line in listed[:2]] == [["remove", "music"], ["add", card.version]]
+    assert [line.split()[0] == "*" for line in listed] == [False, True, False, False]
+    assert [line.split()[-2:] for line in listed[:3]] == [
+        ["remove", "music"],
+        ["router's", "head"],
+        ["add", card.version],
+    ]
 
 
 def test_an_adapter_is_added(writing: Run, home: Home, adapters: Mapping[str, Path]) -> None:
@@ -476,7 +493,7 @@ def test_a_router_is_fitted_anew(writing: Run, home: Home, tmp_path: Path) -> No
         ]
         files.append(tmp_path / f"{source}.jsonl")
         files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    result = writing("router", "fit", "--train", files[0], "--dev", files[1])
+    result = writing("router", "fit", "--train", files[0], "--dev", files[1], "--no-tune")
     accuracy, _, said = result.out.rpartition("}\n")
     assert result.status == 0
     assert set(json.loads(f"{accuracy}}}")) == {"law/dev-law", "code/dev-code", "health/dev-health", "mean"}
