@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from collegium.router.rows import BACKGROUND
 from collegium.runtime import Collegium
 from collegium.schema import Lora, Message, Sampling
 from collegium.settings import Settings
@@ -62,6 +64,27 @@ def test_the_documentation_answers_questions_about_itself(shipped: Collegium) ->
     reply = shipped.chat("How do I add a domain to Collegium?", sampling=SHORT)
     assert reply.decision.domain == "collegium"
     assert {passage.document.split("/")[-1] for passage in reply.citations} & {"faq.md", "README.md", "commands.md"}
+
+
+def test_the_router_is_tuned_and_says_how_good_it_is(shipped: Collegium) -> None:
+    artifact = shipped._serving.snapshot().router.artifact
+    assert artifact.adapter is not None
+    assert json.loads((artifact.adapter / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"] is None
+    assert artifact.provenance["accuracy"]["mean"] > 0.8
+    kept = {domain for domain, text in zip(artifact.rows.domains, artifact.rows.texts, strict=True) if text is not None}
+    assert kept <= {"collegium"}  # of the data sets that it was fitted on, embeddings alone
+    assert BACKGROUND in artifact.rows.domains
+
+
+def test_what_belongs_nowhere_is_known_to(shipped: Collegium) -> None:
+    reasons = [shipped.route(text).reason for text in ("asdkfj qwpoeiru zxmcnv", "jjjjjjjj kkkkk", "9f3ab07c5512e8d6")]
+    assert reasons == ["unknown_domain"] * 3
+
+
+def test_a_conversation_stays(shipped: Collegium) -> None:
+    for domain, question in FREE_QUESTIONS.items():
+        turns = [Message("user", question), Message("assistant", "I see."), Message("user", "And why?")]
+        assert shipped.route(turns).domain == domain
 
 
 def test_roles_cannot_be_forged(shipped: Collegium) -> None:
