@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import gzip
+import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 TASKS = {
     "finance": ("banking77",),
@@ -38,3 +41,9 @@ def need(folder: Path) -> Path:
             f"{folder} does not exist. Name the data with --data or COLLEGIUM_DATA (docs/examples.md says its form)."
         )
     return folder
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a gzipped JSON-lines file."""
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]

@@ -21,10 +21,12 @@ from peft import PeftModel
 
 from collegium.experts.home import Home
 from collegium.models.chat import ChatEncoder
-from collegium.models.encoder import Encoder
 from collegium.models.load import limit_threads, load_lm, load_tokenizer, pick_device, pick_dtype
-from collegium.router.policy import top1
+from collegium.router.encoder import Encoders
+from collegium.router.policies.top1 import top1
+from collegium.router.policy import Live, Offer
 from collegium.router.router import Router
+from collegium.router.words import users_words
 from collegium.schema import Lora
 from collegium.settings import Settings
 from collegium.training.evaluate import LOWER_IS_BETTER, Scorer, interval
@@ -79,9 +81,11 @@ class Experts:
         release = home.release()
         base = home.models.get(home.settings.base_model)
         self.cards = {card.domain: card for card in home.cards(release).values() if isinstance(card.spec, Lora)}
-        encoder = Encoder(home.models.get(home.settings.encoder))
-        self.router = Router.load(home.artifacts.verify(release.router), encoder)
-        self.live = {card.domain: name for name, card in home.cards(release).items() if card.domain}
+        encoders = Encoders(home.models.get(home.settings.encoder), precision=home.settings.encoder_precision)
+        self.router = Router.load(home.artifacts.verify(release.router), encoders)
+        experts = {card.domain: name for name, card in home.cards(release).items() if card.domain}
+        offers = {domain: Offer(name, None, 1.0) for domain, name in experts.items()}
+        self.live = Live(offers, Offer("base", None, 1.0), {})
         tokenizer = load_tokenizer(base)
         device = pick_device(home.settings.device)
         model: Any = load_lm(base, device=device, dtype=pick_dtype(home.settings.precision, device))
@@ -135,7 +139,7 @@ class Experts:
 
     def send(self, text: str) -> str | None:
         """The domain whose adapter would answer, None for the base model."""
-        decision = top1(self.router.scores([text])[0], self.live, "base")
+        decision = top1(self.router.scores([users_words(text)])[0], self.live)
         return decision.domain if decision.reason == "routed" and decision.domain in self.cards else None
 
 
