@@ -109,7 +109,7 @@ def banking(task: Task, steps: int = 1000) -> dict[str, float]:
     return {"banking77": float(np.mean(guesses == np.asarray(test.domains)))}
 
 
-def without(task: Task, domain: str, steps: int = 150) -> dict[str, Any]:
+def without(task: Task, domain: str, steps: int = 100) -> dict[str, Any]:
     """A router that never saw `domain`, its encoder included: how it tells it from the known, and how it learns it later."""
     from sklearn.metrics import roc_auc_score
 
@@ -145,7 +145,7 @@ def without(task: Task, domain: str, steps: int = 150) -> dict[str, Any]:
     }
 
 
-def step(task: Task, name: str, steps: int = 150) -> dict[str, dict[str, float]]:
+def step(task: Task, name: str, steps: int = 100) -> dict[str, dict[str, float]]:
     """One step of the shipped fit with all before it: accuracy by held-out source of the regression alone.
 
     The last step's neighbours vote, too: that is a row of its own.

@@ -18,7 +18,7 @@ steps, the augmentation, the neighbours' vote and the views of the open set were
 sets and threshold are set on them. So expect less of prompts of other authors.
 """
 FITS = """The shipped encoder was tuned for 600 steps. What was fitted anew for this sheet are other routers: each tuned row of
-"What each step gave" and each router without a domain took 150 steps, CLINC150 and BANKING77 1,000{share}.
+"What each step gave" and each router without a domain took 100 steps, CLINC150 and BANKING77 1,000{share}.
 """
 PEERS = f"""Accuracy on the held-out sources. `random` and `tfidf` have no encoder; the others begin with the same published one
 as Collegium's router does. They learned in this benchmark from at most 300 prompts of each source, this project's own among them

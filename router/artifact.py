@@ -165,7 +165,7 @@ class RouterArtifact:
                 body["provenance"],
                 frozenset(json.loads((folder / "words.json").read_text("utf-8"))),
             )
-        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
             raise ArtifactCorrupt(
                 f"The router in {folder} cannot be read: {error}.", hint="Roll back to an earlier release."
             ) from error

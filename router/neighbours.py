@@ -15,8 +15,6 @@ SHARPNESS = 0.05
 """Cosine by which a neighbour must be nearer to count e times as much."""
 AT_ONCE = 1024
 """Prompts whose cosines to all stored ones are in memory together."""
-LOUDEST = 1.5
-"""The weight that a neighbour has at most (the mean is 1): a domain of few prompts does not shout the others down."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,8 +33,7 @@ class Votes:
 def vote(rows: Rows, embeddings: Floats, domains: Sequence[str]) -> Votes:
     """Let the nearest stored prompts of each of [n, dimension] embeddings vote.
 
-    Neighbour i adds w_i exp(s_i / t) to its domain, with its cosine s_i and the weight w_i that balances domains and sources, up
-    to `LOUDEST`.
+    Neighbour i adds w_i exp(s_i / t) to its domain, with its cosine s_i and its voice w_i.
     """
     parts = [_vote(rows, embeddings[at : at + AT_ONCE], domains) for at in range(0, max(1, len(embeddings)), AT_ONCE)]
     shares, nearest, agreement = (np.concatenate(each).astype(np.float32) for each in zip(*parts, strict=True))
@@ -48,9 +45,7 @@ def _vote(rows: Rows, embeddings: Floats, domains: Sequence[str]) -> tuple[Float
     k = min(NEIGHBOURS, len(rows))
     near = np.argpartition(-cosines, k - 1, axis=1)[:, :k]
     similarity = np.take_along_axis(cosines, near, axis=1)
-    power = rows.weights[near].clip(max=LOUDEST) * np.exp(
-        (similarity - similarity.max(axis=1, keepdims=True)) / SHARPNESS
-    )
+    power = rows.voices[near] * np.exp((similarity - similarity.max(axis=1, keepdims=True)) / SHARPNESS)
     places = rows.places(domains, near)
     counted = np.stack([(power * (places == place)).sum(axis=1) for place in range(len(domains))], axis=1)
     total = counted.sum(axis=1, keepdims=True)

@@ -14,6 +14,10 @@ from .head import Floats
 BACKGROUND = ""
 """The domain of prompts that belong to none: they shape the head, and are never an answer of it."""
 
+OWN_VOICE = 0.25
+"""Of a row that a user added, beside those that a router was calibrated with: at full voice a new domain takes about a point of
+accuracy from the others, at a quarter half of that (`benchmarks/router.py`, `add_domain_cost`)."""
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -47,6 +51,11 @@ class Rows:
     def _codes(self) -> tuple[list[str], NDArray[np.int64]]:
         names, codes = np.unique(np.asarray(self.domains), return_inverse=True)
         return names.tolist(), codes
+
+    @cached_property
+    def voices(self) -> Floats:
+        """[n]: how much each row's vote counts: its weight, and a part of it where the row is a user's own."""
+        return self.weights * np.asarray([1 if text is None else OWN_VOICE for text in self.texts], np.float32)
 
     def places(self, domains: Sequence[str], rows: NDArray[np.int64] | slice = slice(None)) -> NDArray[np.int64]:
         """The place among `domains` of each of these rows' domain, -1 where it is none of them."""

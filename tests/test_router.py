@@ -377,6 +377,7 @@ def flip(path: Path) -> None:
         ("router.json", Path.unlink),
         ("router.json", lambda path: path.write_text("{")),
         ("router.json", lambda path: path.write_text('{"head": {}}')),
+        ("router.json", lambda path: path.write_text('{"format": 1}')),
         ("router.json", lambda path: path.write_text("[]")),
         ("router.json", lambda path: path.write_text(path.read_text().replace('"quantiles"', '"quartiles"'))),
         (

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from collegium.router.fit import add_class, calibrate, drop_class, fit_head, right_by_source, views
 from collegium.router.head import VOTE, Floats, Head, softmax
-from collegium.router.neighbours import LOUDEST, NEIGHBOURS, SHARPNESS, vote
+from collegium.router.neighbours import NEIGHBOURS, SHARPNESS, vote
 from collegium.router.openset import OpenSet
 from collegium.router.rows import BACKGROUND, Rows
 
@@ -124,14 +124,14 @@ def test_only_the_nearest_vote() -> None:
     assert vote(rows, at(0.0), ("a", "b")).shares[0].tolist() == [1, 0]
 
 
-def test_a_domain_of_few_prompts_does_not_shout_the_others_down() -> None:
+def test_prompts_that_a_user_added_speak_with_a_quarter_of_their_voice() -> None:
     many = at(*np.linspace(-0.1, 0.1, 19))
-    rows = rows_of(np.vstack([many, at(0.0)]), ["a"] * 19 + ["b"])
-    assert rows.weights[19] == pytest.approx(10)
-    share = vote(rows, at(0.0), ("a", "b")).shares[0, 1]
-    powers = rows.weights.clip(max=LOUDEST) * np.exp((rows.embeddings @ at(0.0)[0] - 1) / SHARPNESS)
-    assert share == pytest.approx(powers[19] / powers.sum(), abs=1e-4)
-    assert share < 0.25
+    shipped = rows_of(np.vstack([many, at(0.0)]), ["a"] * 19 + ["b"])
+    added = replace(shipped, texts=(None,) * 19 + ("a prompt of my own",))
+    loud, quiet = (vote(rows, at(0.0), ("a", "b")).shares[0] for rows in (shipped, added))
+    assert quiet[1] / quiet[0] == pytest.approx(loud[1] / loud[0] / 4, rel=1e-4)
+    powers = added.voices * np.exp((added.embeddings @ at(0.0)[0] - 1) / SHARPNESS)
+    assert quiet[1] == pytest.approx(powers[19] / powers.sum(), abs=1e-4)
 
 
 def test_domains_and_their_sources_weigh_the_same() -> None:
