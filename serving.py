@@ -238,15 +238,15 @@ class Serving:
         self._opened.close()
 
     def _take(self, release: Release) -> Snapshot:
-        if release.router not in self._loaded.routers:
-            folder = self.home.artifacts.verify(release.router)
-            # Snapshots that still answer hold theirs.
-            self._loaded.routers = {release.router: Router.load(folder, self._encoders, release.router[:12])}
         cards = self.home.cards(release)
         if self.settings.fallback not in cards:
             raise UnknownExpert(
                 f"The fallback {self.settings.fallback!r} is not an expert.", hint=f"Known: {', '.join(cards)}."
             )
+        if release.router not in self._loaded.routers:
+            folder = self.home.artifacts.verify(release.router)
+            # Snapshots that still answer hold theirs.
+            self._loaded.routers = {release.router: Router.load(folder, self._encoders, release.router[:12])}
         return Snapshot(
             release,
             cards,

@@ -117,13 +117,13 @@ def live(router: Router, encoders: Encoders, exact: Encoders, dev: list[Labelled
     artifact = router.artifact
     held = embed(dev, router.embed)
     adapter = artifact.adapter
-    accuracy = by_source(artifact, held)
+    accuracy = artifact.accuracy(held)
     scores = artifact.scores(held.embeddings)
     mistyped = Random(0)
     typed = embed(
         [replace(row, text=typos(row.text, mistyped)) for row in dev], encoders.get(adapter, artifact.words).encode
     )
-    float32 = by_source(artifact, embed(dev, exact.get(adapter, artifact.words).encode))
+    float32 = artifact.accuracy(embed(dev, exact.get(adapter, artifact.words).encode))
     crossed = cross_calibrated(artifact, held)
     unseen, sources = (certainty(crossed[name], held) for name in ("halves", "sources"))
     return {
@@ -137,7 +137,7 @@ def live(router: Router, encoders: Encoders, exact: Encoders, dev: list[Labelled
         **spread(crossed["halves"], held),
         "refused_as_unknown": float(np.mean([not one.known for one in scores])),
         "int8_drop": float32["mean"] - accuracy["mean"],
-        "typo_drop": accuracy["mean"] - by_source(artifact, typed)["mean"],
+        "typo_drop": accuracy["mean"] - artifact.accuracy(typed)["mean"],
     }
 
 
@@ -185,11 +185,6 @@ def picked(rows: Rows, inside: Any) -> Rows:
     at = np.flatnonzero(inside)
     names = ([getattr(rows, name)[i] for i in at] for name in ("domains", "sources", "ids", "texts"))
     return Rows(rows.embeddings[at], *(tuple(name) for name in names))
-
-
-def by_source(artifact: RouterArtifact, held: Rows) -> dict[str, float]:
-    """Accuracy of each source, and their mean."""
-    return right_by_source([one.domain for one in artifact.scores(held.embeddings)], held)
 
 
 def expected_calibration_error(confidence: Floats, right: Floats) -> float:

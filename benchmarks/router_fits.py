@@ -29,8 +29,7 @@ from collegium.training.tune_encoder import Tuning, tune_encoder
 INTENTS = Tuning(tokens=48, learning_rate=1e-3, augmented=0.1)
 """Intents are many and their prompts short: more steps at a higher rate than domains take."""
 FALSE_REJECTS = 0.02
-"""Of CLINC150's validation prompts, of which 97 % are right: two points less are the 95 % that are asked of it. Its in-scope
-accuracy counts a refused prompt as an error."""
+"""Of CLINC150's validation prompts. Its in-scope accuracy counts a refused prompt as an error."""
 EXAMPLES = 200
 DESCRIPTIONS = {
     "code": "programming, shell commands, databases, algorithms and computer systems",
@@ -133,7 +132,7 @@ def without(task: Task, domain: str, steps: int = 100) -> dict[str, Any]:
         refitted = from_examples.refitted()
         refit_seconds = time.perf_counter() - start
         from_words = router.add_domain(domain, description=DESCRIPTIONS[domain])
-    before = _accuracy(artifact, held)
+    before = artifact.accuracy(held)
     return {
         "auroc": float(roc_auc_score(~unknown, familiar)),
         "recall_at_5": float(np.mean(familiar[unknown] < artifact.threshold)),
@@ -168,7 +167,7 @@ def step(task: Task, name: str, steps: int = 100) -> dict[str, dict[str, float]]
         artifact = build_router(rows, dev, encoders, adapter, lambda *_: None)
         held = embed(dev, encoders.get(adapter, artifact.words).encode)
     found = {name: linear(artifact, held)}
-    return {**found, "+ neighbours' votes": _accuracy(artifact, held)} if name == STEPS[-1] else found
+    return {**found, "+ neighbours' votes": artifact.accuracy(held)} if name == STEPS[-1] else found
 
 
 STEPS = (
@@ -187,13 +186,9 @@ def linear(artifact: RouterArtifact, held: Rows) -> dict[str, float]:
     return right_by_source(guesses.tolist(), held)
 
 
-def _accuracy(artifact: RouterArtifact, held: Rows) -> dict[str, float]:
-    return right_by_source([one.domain for one in artifact.scores(held.embeddings)], held)
-
-
 def _learned(artifact: RouterArtifact, held: Rows, before: dict[str, float], domain: str) -> dict[str, float]:
     """How much of the new domain is right, and what that cost the others on average."""
-    after = _accuracy(artifact, held)
+    after = artifact.accuracy(held)
     others = [source for source in before if source != "mean" and not source.startswith(f"{domain}/")]
     mine = [source for source in before if source.startswith(f"{domain}/")]
     return {

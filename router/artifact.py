@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import ArtifactCorrupt, InvalidRequest, NameTaken, UnknownDomain
 from ..models.encoder import CONFIG, WEIGHTS
 from ..models.windows import read_json
-from .fit import add_class, drop_class, fit_head, views
+from .fit import add_class, drop_class, fit_head, right_by_source, views
 from .head import Floats, Head
 from .neighbours import vote
 from .openset import OpenSet
@@ -77,6 +77,10 @@ class RouterArtifact:
             chosen = self.head.prediction_set(probabilities)
             out.append(Scores(embedding, probabilities, chosen, float(p_value), self.threshold, version))
         return out
+
+    def accuracy(self, held_out: Rows) -> dict[str, float]:
+        """Share of each source's rows whose likeliest domain is theirs, and `mean` over the sources."""
+        return right_by_source([one.domain for one in self.scores(held_out.embeddings)], held_out)
 
     def with_domain(self, name: str, added: Rows) -> RouterArtifact:
         """Knows one more domain, from its rows, in less than a second.

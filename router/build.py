@@ -7,18 +7,15 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ..errors import InvalidRequest
 from ..models.cache import sha256
 from .artifact import RouterArtifact
 from .encoder import Encoders
-from .fit import calibrate, fit_head, right_by_source
-from .neighbours import vote
+from .fit import calibrate, fit_head
 from .prompts import own_prompts
 from .rows import BACKGROUND, Rows
 from .spelling import words_of
@@ -61,7 +58,7 @@ def read_labelled(path: Path) -> list[LabelledPrompt]:
 def read_pair(training: Path, held_out: Path) -> tuple[list[LabelledPrompt], list[LabelledPrompt]]:
     """Rows to fit on, this project's own prompts among them, and rows to calibrate on.
 
-    Raises InvalidRequest where both share a source.
+    Raises InvalidRequest where both share a source, or `held_out` is empty or has a domain that `training` lacks.
     """
     train, dev = read_labelled(training), read_labelled(held_out)
     if shared := {row.source for row in train} & {row.source for row in dev}:
@@ -97,16 +94,14 @@ def build_router(
     rows, held_out = (embed(part, encoder.encode) for part in (kept, dev))
     progress("fitting", 0, 0)
     head, open_set = calibrate(fit_head(rows), rows, held_out)
-    chances = head.probabilities(held_out.embeddings, vote(rows, held_out.embeddings, head.domains).shares)
-    guesses = np.asarray(head.domains)[chances.argmax(axis=1)]
+    identity = encoders.identity(adapter)
+    artifact = RouterArtifact(head, open_set, rows, FALSE_REJECTS, identity, adapter, {}, words)
     measured = {
         "sources": sorted({f"{row.domain}/{row.source}" for row in kept}),
         "rows": len(kept),
-        "accuracy": right_by_source(guesses.tolist(), held_out),
+        "accuracy": artifact.accuracy(held_out),
     }
-    identity = encoders.identity(adapter)
-    provenance = {**(provenance or {}), **measured}
-    return RouterArtifact(head, open_set, rows, FALSE_REJECTS, identity, adapter, provenance, words)
+    return replace(artifact, provenance={**(provenance or {}), **measured})
 
 
 def described(training: Path, held_out: Path) -> dict[str, Any]:

@@ -15,8 +15,8 @@ BACKGROUND = ""
 """The domain of prompts that belong to none: they shape the head, and are never an answer of it."""
 
 OWN_VOICE = 0.25
-"""Of a row that a user added, beside those that a router was calibrated with: at full voice a new domain takes about a point of
-accuracy from the others, at a quarter half of that (`benchmarks/router.py`, `add_domain_cost`)."""
+"""Of a row that a user added, beside those that a router was calibrated with: at full voice a new domain takes more of the
+others' accuracy than the half point that it may (`benchmarks/router.py` prints it as `add_domain_cost`)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,9 @@ from ..experts.home import Home, base_card
 from ..models.load import limit_threads
 from ..router.artifact import RouterArtifact
 from ..router.build import build_router, described, read_pair
-from ..router.encoder import Encoders
 from ..schema import Release
 from .recipes import Progress
-from .register import one_at_a_time, store_router
+from .register import one_at_a_time, open_encoders, store_router
 from .tune_encoder import Tuning, tune_encoder
 
 
@@ -26,12 +25,7 @@ def fit(
     """
     train, dev = read_pair(training, held_out)
     model = home.models.get(home.settings.encoder, progress)
-    encoders = Encoders(
-        model,
-        precision=home.settings.encoder_precision,
-        threads=home.settings.threads,
-        device=home.settings.device,
-    )
+    encoders = open_encoders(home, model)
     base = base_card(home.models.get(home.settings.base_model, progress).identity)
     provenance = described(training, held_out)
     with tempfile.TemporaryDirectory() as folder:

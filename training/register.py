@@ -242,17 +242,17 @@ def _router(
     if domain.name in artifact.head.domains:
         return None
     progress("teaching the router", 0, 0)
-    encoders = Encoders(
-        model,
-        precision=home.settings.encoder_precision,
-        threads=home.settings.threads,
-        device=home.settings.device,
-    )
-    router = Router(artifact, encoders)
+    router = Router(artifact, open_encoders(home, model))
     every = max(1, -(-len(chunks) // PASSAGES_FOR_ROUTER))
     passages = [piece.text for piece in chunks[::every]] if len(domain.prompts) < ENOUGH_PROMPTS else []
     artifact = router.add_domain(domain.name, [*domain.prompts, *passages], domain.description)
     return store_router(home, artifact)
+
+
+def open_encoders(home: Home, model: CachedModel) -> Encoders:
+    """The encoders of a home's routers, as its settings have them."""
+    settings = home.settings
+    return Encoders(model, precision=settings.encoder_precision, threads=settings.threads, device=settings.device)
 
 
 def store_router(home: Home, artifact: RouterArtifact) -> str:
