@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib import import_module
-from importlib.metadata import entry_points
 
-from ..errors import InvalidRequest
+from ..plugins import find
 from ..schema import Decision, Reason
 from .head import Floats
 
-BUILT_IN = ("frugal", "mixture", "top1")
+BUILT_IN = {name: f"router.policies.{name}:{name}" for name in ("frugal", "mixture", "top1")}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,14 +86,7 @@ Policy = Callable[[Scores, Live], Decision]
 
 def policy(name: str) -> Policy:
     """The policy of this name. Raises InvalidRequest that lists the known ones."""
-    if name in BUILT_IN:
-        built_in: Policy = getattr(import_module(f".policies.{name}", __package__), name)
-        return built_in
-    plugins = {entry.name: entry for entry in entry_points(group="collegium.policies")}
-    if name not in plugins:
-        known = ", ".join(sorted({*BUILT_IN, *plugins}))
-        raise InvalidRequest(f"There is no policy {name!r}.", hint=f"Known: {known}.")
-    found: Policy = plugins[name].load()
+    found: Policy = find("collegium.policies", name, BUILT_IN, f"There is no policy {name!r}.")
     return found
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ...errors import InvalidRequest
+from ...plugins import find
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-BUILT_IN = {"lora-sft": "lora_sft"}
+BUILT_IN = {"lora-sft": "training.recipes.lora_sft:train"}
 NEEDED = ("accelerate", "datasets", "trl")
 """What the extra `train` installs."""
 
@@ -49,17 +48,10 @@ class Recipe(Protocol):
 
 def load_recipe(name: str) -> Recipe:
     """The recipe of this name; raises InvalidRequest that lists the known ones."""
-    plugins = {entry.name: entry for entry in entry_points(group="collegium.recipes")}
-    if name in BUILT_IN:
-        if missing := [package for package in NEEDED if find_spec(package) is None]:
-            raise InvalidRequest(
-                f"Training needs {', '.join(missing)}, not installed here.", hint="pip install 'collegium[train]'"
-            )
-        recipe: Recipe = import_module(f".{BUILT_IN[name]}", __name__).train
-    elif name in plugins:
-        recipe = plugins[name].load()
-    else:
+    missing = [package for package in NEEDED if find_spec(package) is None]
+    if name in BUILT_IN and missing:
         raise InvalidRequest(
-            f"There is no recipe {name!r}.", hint=f"Known: {', '.join(sorted({*BUILT_IN, *plugins}))}."
+            f"Training needs {', '.join(missing)}, not installed here.", hint="pip install 'collegium[train]'"
         )
+    recipe: Recipe = find("collegium.recipes", name, BUILT_IN, f"There is no recipe {name!r}.")
     return recipe
