@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from .endpoint.wire import decision_to_dict, reply_to_dict, usage_to_dict
 from .errors import CollegiumError
-from .schema import Card, Decision, Message, card_to_dict
+from .schema import Card, Combination, Decision, Message, Proxy, Remote, Score, card_to_dict
 
 if TYPE_CHECKING:
     from .models.fetch import Progress
@@ -78,6 +78,10 @@ def show_answer(answer: Answer, *, as_json: bool = False) -> None:
         return
     out.print("\n")
     out.print(f"[bold]{reply.expert_version}[/] · {WHY[reply.decision.reason]} · {_speed(answer)}")
+    if paid := reply.paid:
+        drafted = f", {paid.accepted} of {paid.drafted} drafted tokens accepted" if paid.drafted else ""
+        spent = f"{paid.calls} calls, {paid.prompt_tokens} tokens sent, {paid.completion_tokens} received"
+        out.print(f"[dim]the remote server ({reply.mode}): {spent}{drafted}[/]")
     _show_bars(reply.decision)
     for number, passage in enumerate(reply.citations, 1):
         place = f"{passage.document}, characters {passage.span[0]}-{passage.span[1]}"
@@ -144,14 +148,42 @@ def show_card(card: Card, *, as_json: bool = False) -> None:
         out.print(escape(card.evidence.description))
     if card.evidence.gate:
         out.print(f"gate: {card.evidence.gate}{' (forced)' if card.evidence.forced else ''}")
+    if isinstance(card.spec, Proxy | Remote):
+        out.print(f"combination: {_combined(card.spec.combination)}")
+    if card.evidence.capabilities:
+        able = ", ".join(
+            f"{name} {value}" for name, value in card.evidence.capabilities.items() if value not in (False, 0)
+        )
+        out.print(f"the server: {escape(able or 'text only')}")
     if card.evidence.scores:
-        table = Table("task", "metric", "expert", "95 % interval", "base", "rows", box=None, header_style="bold")
-        for score in card.evidence.scores:
-            interval = f"{score.low:.3f} to {score.high:.3f}"
-            table.add_row(
-                score.task, score.metric, f"{score.value:.3f}", interval, f"{score.base:.3f}", str(score.rows)
-            )
-        out.print(table)
+        out.print(_scores(card.evidence.scores))
+
+
+def _combined(combination: Combination) -> str:
+    """The method and what was fitted of it."""
+    match combination.method:
+        case "comblm":
+            steered = f" and a large model steered with alpha {combination.alpha:.2f}" if combination.alpha else ""
+            return f"comblm, learned weights of the small expert{steered or ' and the large model'}"
+        case "mixture":
+            return f"mixture, {combination.alpha:.2f} of it the small expert's"
+    fading = f", going to {combination.alpha_end:.2f} over {combination.fade} tokens" if combination.fade else ""
+    return f"{combination.method}, alpha {combination.alpha:.2f}{fading}"
+
+
+def _scores(scores: Sequence[Score]) -> Table:
+    """A row a score, with a column for each of those that stand beside."""
+    others = list(dict.fromkeys(who for score in scores for who in score.beside))
+    columns = ("task", "metric", "expert", "95 % interval", "base", *others, "rows")
+    table = Table(box=None, header_style="bold")
+    for column in columns:
+        table.add_column(column, no_wrap=column == "95 % interval")
+    for score in scores:
+        beside = [f"{score.beside[who]:.3f}" if who in score.beside else "" for who in others]
+        interval = f"{score.low:.3f} to {score.high:.3f}"
+        numbers = (f"{score.value:.3f}", interval, f"{score.base:.3f}", *beside, str(score.rows))
+        table.add_row(score.task, score.metric, *numbers)
+    return table
 
 
 def _show_bars(decision: Decision) -> None:

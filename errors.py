@@ -71,6 +71,12 @@ class ModelUnavailable(CollegiumError):
     retryable = True
 
 
+class RemoteUnavailable(ModelUnavailable):
+    """A remote server does not answer, refuses, or answers what cannot be used."""
+
+    code = "remote_unavailable"
+
+
 class ChecksumMismatch(ModelUnavailable):
     """A fetched file is not the one that was measured; both hashes are in the message."""
 

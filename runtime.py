@@ -79,10 +79,11 @@ class Answer:
             decision=self.decision,
             citations=self.context.passages,
             expert_version=self.expert_version,
-            mode=self.mode,
+            mode=self.generation.mode or self.mode,
             usage=Usage(self.generation.prompt_tokens, self._tokens),
             timings=dict(self.timings),
             finish_reason=(self._last.finish_reason if self._last else None) or "cancelled",
+            paid=self.generation.paid,
         )
 
     def _take(self, delta: Delta) -> None:
@@ -152,9 +153,12 @@ class Collegium:
         retrieve: bool = True,
         sampling: Sampling | None = None,
         seed: int | None = None,
+        alpha: float | None = None,
         request_id: str = "",
     ) -> Answer:
         """Begin an answer. `expert` names who answers instead of the router; `domains` limits what is weighed.
+
+        `alpha` is how strongly an expert that steers another model does so; for the others it changes nothing.
 
         Raises UnknownExpert, UnknownDomain, InvalidRequest, ContextTooLong or Overloaded, before any token.
         """
@@ -172,6 +176,7 @@ class Collegium:
             context=context,
             sampling=sampling or self.settings.sampling,
             seed=seed,
+            alpha=alpha,
             request_id=request_id,
         )
         timings = {"route": decided - started, "retrieve": retrieved - decided}

@@ -126,8 +126,25 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Paid:
+    """What an answer cost at a remote server: requests sent, tokens that they carried and brought back.
+
+    Of `drafted` tokens, which were sent to be verified, `accepted` became part of the answer.
+    """
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole answer: who gave it, why, from what, and how long each step took (`timings`, seconds)."""
+    """A whole answer: who gave it, why, from what, and how long each step took (`timings`, seconds).
+
+    `mode` is how it was given in the end; `paid` what a remote server was asked for it, None where none was.
+    """
 
     text: str
     decision: Decision
@@ -137,6 +154,11 @@ class Reply:
     usage: Usage
     timings: Mapping[str, float]
     finish_reason: FinishReason
+    paid: Paid | None = None
+
+
+ARTIFACT = "artifact:"
+"""What the name of a model begins with that lies in the artifact store; its content hash follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +166,11 @@ class Base:
     """The base model as it is."""
 
     kind: Literal["base"] = "base"
+
+    @property
+    def artifacts(self) -> tuple[str, ...]:
+        """The content hashes of what it needs: nothing."""
+        return ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +180,76 @@ class Lora:
     adapter: str
     rank: int
     kind: Literal["lora"] = "lora"
+
+    @property
+    def artifacts(self) -> tuple[str, ...]:
+        """The content hashes of what it needs."""
+        return (self.adapter,)
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """How what a small expert has learned changes what a large model says. docs/proxy.md has the formulas.
+
+    `alpha` is the strength of `proxy` and `contrastive`, and the small expert's share in `mixture`; `comblm` mixes the small
+    expert with a large model that is steered so first, and with the plain one where it is 0. Over the first `fade` tokens of an
+    answer it goes in a straight line to `alpha_end`. `weights` are those that `comblm` was fitted with.
+    """
+
+    method: Literal["proxy", "mixture", "comblm", "contrastive"] = "proxy"
+    alpha: float = 1.0
+    alpha_end: float | None = None
+    fade: int = 0
+    weights: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """A large model of this process that stays as it is, steered by a small one with an adapter.
+
+    `large` and `small` are `base`, the name of a model, or `artifact:` and the content hash of a shrunk model; `identities` are
+    those of the models that are neither. `adapter` is the content hash of a PEFT folder for the small one.
+    """
+
+    adapter: str
+    rank: int
+    large: str = "base"
+    small: str = "base"
+    identities: Mapping[str, str] = field(default_factory=dict)
+    combination: Combination = Combination()
+    kind: Literal["proxy"] = "proxy"
+
+    @property
+    def artifacts(self) -> tuple[str, ...]:
+        """The content hashes of what it needs."""
+        return (self.adapter, *_hashes(self.large, self.small))
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """A model behind an OpenAI-compatible server at `url`, steered by a small one of this process with an adapter.
+
+    `key_env` names the environment variable that holds the server's key. `small`, `identities` and `adapter` are as in `Proxy`.
+    With the mode `text` only words are exchanged: the small expert writes what it knows into the prompt, beside the nearest of
+    the `demonstrations`, the content hash of a folder of them. `auto` uses log-probabilities where the server gives them.
+    """
+
+    url: str
+    model: str
+    adapter: str
+    rank: int
+    key_env: str = ""
+    small: str = "base"
+    identities: Mapping[str, str] = field(default_factory=dict)
+    combination: Combination = Combination()
+    mode: Literal["auto", "text"] = "auto"
+    demonstrations: str = ""
+    kind: Literal["remote"] = "remote"
+
+    @property
+    def artifacts(self) -> tuple[str, ...]:
+        """The content hashes of what it needs."""
+        return (self.adapter, *_hashes(self.small), *([self.demonstrations] if self.demonstrations else []))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +261,15 @@ class Plugin:
     artifacts: tuple[str, ...] = ()
 
 
-Spec = Base | Lora | Plugin
+Spec = Base | Lora | Proxy | Remote | Plugin
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One measured number: `value` and its 95 % interval, on `rows` rows, beside what the base model reached on them."""
+    """One measured number: `value` and its 95 % interval, on `rows` rows, beside what the base model reached on them.
+
+    `beside` has what others reached on the same rows: of a proxied expert the small expert alone, say.
+    """
 
     task: str
     metric: str
@@ -178,6 +278,7 @@ class Score:
     high: float
     base: float
     rows: int
+    beside: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +296,10 @@ class Canary:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What is known about an expert beyond what it is. It may grow without changing the expert's version."""
+    """What is known about an expert beyond what it is. It may grow without changing the expert's version.
+
+    `capabilities` are those that its server was found to have.
+    """
 
     description: str = ""
     scores: tuple[Score, ...] = ()
@@ -206,6 +310,7 @@ class Evidence:
     licence: str = ""
     created: str = ""
     canary: Canary | None = None
+    capabilities: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +363,10 @@ class JobState:
     report: Mapping[str, Any] = field(default_factory=dict)
 
 
+def _hashes(*models: str) -> list[str]:
+    return [model.removeprefix(ARTIFACT) for model in models if model.startswith(ARTIFACT)]
+
+
 def digest(value: Any) -> str:
     """SHA-256 of the canonical JSON of `value`."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -283,4 +392,9 @@ def _spec(data: dict[str, Any]) -> Spec:
         return Base()
     if data["kind"] == "lora":
         return Lora(**data)
+    if data["kind"] in ("proxy", "remote"):
+        combination = dict(data["combination"])
+        combination["weights"] = tuple(combination["weights"])
+        steered = {**data, "combination": Combination(**combination)}
+        return Proxy(**steered) if data["kind"] == "proxy" else Remote(**steered)
     return Plugin(**{**data, "artifacts": tuple(data.get("artifacts", ()))})

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from .errors import ArtifactCorrupt, CollegiumError, InvalidRequest, UnknownExpert
 from .experts.decisions import DecisionLog, Logged
 from .experts.home import Home
-from .experts.kinds import Expert, Host, open_expert
+from .experts.kinds import Expert, Host, open_expert, open_host
 from .experts.mixture import mixture
 from .retrieval import Index, fit_passages
 from .router.encoder import Encoders
@@ -42,10 +42,10 @@ TURNS = 32
 """Turns of the user that a conversation's domain is read from; their embeddings are remembered."""
 RATES = frozenset({"accuracy", "exact_match", "macro_f1", "token_f1"})
 """Metrics from 0 to 1 of which more is better."""
-COSTS = {"base": 1.0, "lora": 1.2}
+COSTS = {"base": 1.0, "lora": 1.2, "proxy": 1.7}
 DEAR = 3.0
-"""What a token costs beside one of the base model, roughly: `benchmarks/engine.py` has base8 beside mixed8; a plug-in may run
-several models."""
+"""What a token costs beside one of the base model, roughly: `benchmarks/engine.py` has base8 beside mixed8, `benchmarks/proxy.py`
+a proxied expert; a plug-in may run several models."""
 
 
 @dataclass(slots=True)
@@ -193,7 +193,7 @@ class Serving:
                 encoder, precision=settings.encoder_precision, threads=settings.threads, device=settings.device
             )
             release = self.home.ensure_base(base.identity)
-            self._host = _host(self.home, base)
+            self._host = open_host(self.home, base)
             opened.callback(self._host.engine.close)
             self._log = None
             if settings.log_decisions:
@@ -286,13 +286,3 @@ def _encoder(model: CachedModel) -> Encoder:
     from .models.encoder import Encoder
 
     return Encoder(model)
-
-
-def _host(home: Home, base: CachedModel) -> Host:
-    from .experts.engine.load import open_engine
-    from .models.chat import ChatEncoder
-    from .models.load import load_tokenizer
-
-    tokenizer = load_tokenizer(base)
-    engine = open_engine(base, home.settings, tokenizer)
-    return Host(engine, ChatEncoder(tokenizer), home.artifacts, base.identity, home.settings.max_prompt_tokens)

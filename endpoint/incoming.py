@@ -72,7 +72,7 @@ class StreamOptions(BaseModel):
 class Options(BaseModel):
     """What Collegium understands beyond OpenAI's fields; with the openai client, `extra_body={"collegium": {...}}`.
 
-    `alpha` and `conversation_id` are not supported yet.
+    `conversation_id` is not supported yet.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -80,6 +80,13 @@ class Options(BaseModel):
     expert: str | None = Field(default=None, description="Who answers, instead of the router's choice.")
     domains: list[str] | None = Field(
         default=None, min_length=1, description="The only domains that the router weighs."
+    )
+    alpha: float | None = Field(
+        default=None,
+        ge=0,
+        le=100,
+        allow_inf_nan=False,
+        description="How strongly an expert that steers another model does so; for other experts it changes nothing.",
     )
     retrieve: bool = Field(default=True, description="Whether the prompt is answered with the domain's documents.")
 

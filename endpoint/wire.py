@@ -43,14 +43,25 @@ class PassageBody(BaseModel):
     index_version: str
 
 
+class PaidBody(BaseModel):
+    """A `Paid`: what the answer cost at a remote server."""
+
+    calls: int
+    prompt_tokens: int
+    completion_tokens: int
+    drafted: int
+    accepted: int
+
+
 class ReplyBody(BaseModel):
-    """What a reply carries beyond OpenAI's fields; `timings` are in seconds."""
+    """What a reply carries beyond OpenAI's fields; `timings` are in seconds, `paid` is there where a remote server was asked."""
 
     decision: DecisionBody
     citations: list[PassageBody]
     expert_version: str
     mode: str
     timings: dict[str, float]
+    paid: PaidBody | None = None
 
 
 class AnswerBody(BaseModel):
@@ -149,6 +160,7 @@ def reply_to_dict(reply: Reply) -> dict[str, Any]:
         "expert_version": reply.expert_version,
         "mode": reply.mode,
         "timings": {name: round(seconds, 4) for name, seconds in reply.timings.items()},
+        "paid": dataclasses.asdict(reply.paid) if reply.paid else None,
     }
 
 

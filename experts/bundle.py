@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactCorrupt, InvalidRequest
-from ..schema import Card, Lora, Plugin, Release, card_from_dict, card_to_dict
+from ..schema import Card, Release, card_from_dict, card_to_dict
 from .artifacts import ArtifactStore
 from .registry import Registry
 
@@ -73,10 +73,4 @@ def import_release(folder: Path, registry: Registry, artifacts: ArtifactStore, *
 
 
 def _artifacts_of(router: str, indexes: Mapping[str, str], cards: Iterable[Card]) -> list[str]:
-    named = {router, *indexes.values()}
-    for card in cards:
-        if isinstance(card.spec, Lora):
-            named.add(card.spec.adapter)
-        elif isinstance(card.spec, Plugin):
-            named.update(card.spec.artifacts)
-    return sorted(named)
+    return sorted({router, *indexes.values(), *(version for card in cards for version in card.spec.artifacts)})

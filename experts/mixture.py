@@ -7,20 +7,23 @@ from dataclasses import dataclass
 
 from ..errors import InvalidRequest
 from ..schema import ExpertRequest
-from .engine.combine import ProbabilityMixture
 from .engine.engine import Engine
 from .engine.generation import Generation
+from .engine.mixing import PosteriorMixture
 from .engine.request import Request
 from .kinds import Expert, Host, LocalExpert
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """One answer, each token drawn from the weighted mean of what the experts expect; they all read the token."""
+    """One answer, each token drawn from the weighted mean of what the experts expect; they all read the token.
+
+    The weights begin as `prior`, and move to the experts that foretell the answer best.
+    """
 
     engine: Engine
     experts: tuple[LocalExpert, ...]
-    combiner: ProbabilityMixture
+    prior: tuple[float, ...]
 
     mode: str = "mixture"
 
@@ -33,7 +36,7 @@ class Mixture:
         return self.engine.submit(
             Request(
                 tuple(expert.row(request) for expert in self.experts),
-                self.combiner,
+                PosteriorMixture(self.prior),
                 request.sampling,
                 seed=request.seed,
                 deadline=request.deadline,
@@ -42,7 +45,7 @@ class Mixture:
 
 
 def mixture(experts: Sequence[tuple[Expert, float]], host: Host) -> Expert:
-    """The experts as one, best first; their weights sum to 1. `ProbabilityMixture` has the formula and its source.
+    """The experts as one, best first; their weights, which sum to 1, are the prior of a `PosteriorMixture`.
 
     Raises InvalidRequest where one does not run on the engine of `host`, or the weights do not sum to 1.
     """
@@ -54,4 +57,5 @@ def mixture(experts: Sequence[tuple[Expert, float]], host: Host) -> Expert:
                 hint="Only experts on this process's base model can; choose the policy top1.",
             )
         local.append(expert)
-    return Mixture(host.engine, tuple(local), ProbabilityMixture(tuple(weight for _, weight in experts)))
+    prior = PosteriorMixture([weight for _, weight in experts]).posterior
+    return Mixture(host.engine, tuple(local), prior)

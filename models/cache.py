@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,6 +58,34 @@ class ModelCache:
                 if not (final / MANIFEST).exists():  # another process may have made it while we waited
                     self._make(name, parsed, final, progress)
         return _read(final)
+
+    def derive(self, slug: str, name: str, build: Callable[[Path], None]) -> CachedModel:
+        """A model that is made of others: the first time, `build` writes a transformers folder.
+
+        `name` names what it is made of by content, and that is its identity: its weights are sums, which differ in the last
+        digits from machine to machine.
+        """
+        from filelock import FileLock
+
+        self._root.mkdir(parents=True, exist_ok=True)
+        final = self._root / slug
+        if not (final / MANIFEST).exists():
+            with FileLock(self._root / f"{slug}.lock"):
+                if not (final / MANIFEST).exists():  # as in `get`
+                    self._build(name, final, build)
+        return _read(final)
+
+    def _build(self, name: str, final: Path, build: Callable[[Path], None]) -> None:
+        partial = self._root / f".partial-{final.name}"
+        for leftover in (partial, final):  # as in `_make`
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            build(partial)
+            _write_manifest(name, partial, {"source": digest(name)})
+            sync_tree(partial)
+            partial.rename(final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def _make(self, name: str, parsed: ModelName, final: Path, progress: Progress | None) -> None:
         partial = self._root / f".partial-{parsed.slug}"

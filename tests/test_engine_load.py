@@ -115,7 +115,7 @@ def test_a_small_cache_makes_the_context_shorter(load: Load, tiny_base: Path) ->
     decoder = load("float32", cache_bytes=96 << 10)
     tokenizer = load_tokenizer(CachedModel("tiny", tiny_base, "LlamaForCausalLM", "tiny"))
     engine = Engine(decoder, tokenizer)
-    room = engine.context_length
+    room = engine.room()
     assert 0 < room < decoder.shape.context
     assert len(collect(engine.generate([5] * (room - 4), sampling=Sampling(max_tokens=4))).tokens) == 4
     with pytest.raises(ContextTooLong, match=rf"{room} fit.*kv_cache_mb"):

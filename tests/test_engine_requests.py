@@ -18,14 +18,16 @@ import pytest
 
 from collegium.errors import CollegiumError, ContextTooLong, InvalidRequest, ModelUnavailable
 from collegium.experts.engine.batch import Floats
-from collegium.experts.engine.combine import Combiner, Identity, LogitArithmetic, ProbabilityMixture
+from collegium.experts.engine.combine import Combiner, Identity
 from collegium.experts.engine.engine import Engine
 from collegium.experts.engine.lora import LoraWeights
+from collegium.experts.engine.mixing import ProbabilityMixture
 from collegium.experts.engine.model import share
 from collegium.experts.engine.pace import Pace
 from collegium.experts.engine.request import Request, Row
 from collegium.experts.engine.sampling import one_of
 from collegium.experts.engine.slots import Adapter
+from collegium.experts.engine.steering import LogitArithmetic
 from collegium.models.cache import CachedModel
 from collegium.models.load import load_tokenizer
 from collegium.schema import Sampling
@@ -273,7 +275,7 @@ def test_a_remote_row_gives_what_a_local_one_gives(
             future: Future[Floats] = Future()
 
             class Catch(Identity):
-                def __call__(self, logits: Sequence[Floats]) -> Floats:
+                def __call__(self, logits: Sequence[Floats], generated: Sequence[int] = ()) -> Floats:
                     future.set_result(logits[0].copy())
                     return logits[0]
 
@@ -392,7 +394,7 @@ def test_what_fails_in_a_step_fails_its_requests_and_no_others(
     engine: Engine, decoders: Mapping[str, Doubled], where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(Identity):
-        def __call__(self, logits: Sequence[Floats]) -> Floats:
+        def __call__(self, logits: Sequence[Floats], generated: Sequence[int] = ()) -> Floats:
             raise ZeroDivisionError("a combiner")
 
     def broken(logits: Floats, generated: Sequence[int]) -> None:
@@ -426,7 +428,7 @@ def test_what_fails_in_a_step_fails_its_requests_and_no_others(
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_where_the_thread_ends_nobody_waits_in_vain(engine: Engine) -> None:
     class Quits(Identity):
-        def __call__(self, logits: Sequence[Floats]) -> Floats:
+        def __call__(self, logits: Sequence[Floats], generated: Sequence[int] = ()) -> Floats:
             raise SystemExit
 
     beside = engine.generate(TOKENS[:9], sampling=Sampling(max_tokens=400))
@@ -590,7 +592,7 @@ def test_more_adapters_than_slots_are_refused(folders: Mapping[str, Path], token
 def test_the_context_is_what_fits_a_row(folders: Mapping[str, Path], tokenizer: PreTrainedTokenizerFast) -> None:
     for pages, fits in ((80, 512), (14, 160)):
         engine = Engine(open_decoder(folders["small"], pages=pages), tokenizer)
-        assert engine.context_length == fits
+        assert engine.room() == fits
         assert collect(engine.generate([5] * (fits - 1), sampling=ONE)).reason == "length"
         with pytest.raises(ContextTooLong):
             engine.generate([5] * fits, sampling=ONE)

@@ -20,11 +20,13 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 
 from collegium.errors import CollegiumError, Overloaded
 from collegium.experts.engine.batch import Floats
-from collegium.experts.engine.combine import Identity, LogitArithmetic, ProbabilityMixture
+from collegium.experts.engine.combine import Identity
 from collegium.experts.engine.engine import Engine
 from collegium.experts.engine.generation import Generation, Item
+from collegium.experts.engine.mixing import ProbabilityMixture
 from collegium.experts.engine.request import Request, Row
 from collegium.experts.engine.slots import Adapter
+from collegium.experts.engine.steering import LogitArithmetic
 from collegium.models.cache import CachedModel
 from collegium.models.load import load_tokenizer
 from collegium.schema import Delta, Sampling
@@ -284,7 +286,7 @@ class Traffic(RuleBasedStateMachine):
                 raise ZeroDivisionError
 
         class Broken(Identity):
-            def __call__(self, logits: Sequence[Floats]) -> Floats:
+            def __call__(self, logits: Sequence[Floats], generated: Sequence[int] = ()) -> Floats:
                 fail()
                 return logits[0]
 

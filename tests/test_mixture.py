@@ -11,10 +11,12 @@ from collegium.errors import ContextTooLong, InvalidRequest
 from collegium.experts.artifacts import ArtifactStore
 from collegium.experts.engine.generation import Generation
 from collegium.experts.engine.load import open_engine
+from collegium.experts.engine.mixing import SHARE
 from collegium.experts.engine.slots import Adapter
 from collegium.experts.kinds import Expert, Host, LocalExpert
 from collegium.experts.mixture import mixture
-from collegium.models.cache import CachedModel
+from collegium.experts.pool import ModelPool
+from collegium.models.cache import CachedModel, ModelCache
 from collegium.models.chat import ChatEncoder
 from collegium.models.load import load_tokenizer
 from collegium.schema import ExpertRequest, Message, Sampling
@@ -31,9 +33,11 @@ SYSTEMS = {"law": "You know the law.", "code": None}
 def host(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     model = CachedModel("tiny", tiny_base, "LlamaForCausalLM", "tiny")
     tokenizer = load_tokenizer(model)
-    settings = Settings(device="cpu", precision="float32", threads=1, kv_cache_mb=16, max_rows=3)
+    settings = Settings(device="cpu", precision="float32", threads=1, kv_cache_mb=16, max_rows=3, max_prompt_tokens=400)
     engine = open_engine(model, settings, tokenizer)
-    yield Host(engine, ChatEncoder(tokenizer), ArtifactStore(tmp_path_factory.mktemp("store")), "tiny", 400)
+    store, cache = ArtifactStore(tmp_path_factory.mktemp("store")), ModelCache(tmp_path_factory.mktemp("models"))
+    pool = ModelPool(engine, model, tokenizer, cache, store, settings)
+    yield Host(engine, ChatEncoder(tokenizer), store, "tiny", pool, settings)
     engine.close()
 
 
@@ -46,23 +50,28 @@ def experts(host: Host, adapters: Mapping[str, Path]) -> dict[str, LocalExpert]:
 def by_hand(
     experts: Mapping[str, LocalExpert], weights: Mapping[str, float], base: Path, adapters: Mapping[str, Path]
 ) -> tuple[list[int], list[float]]:
-    """Greedy tokens of the mean of what transformers and PEFT expect, and their log-probabilities."""
+    """Greedy tokens of the posterior mean of what transformers and PEFT expect, and their log-probabilities."""
     logits = {name: reference(base, adapters[name]) for name in weights}
     tokens: list[int] = []
     logprobs: list[float] = []
+    now = dict(weights)
     for _ in range(TOKENS):
-        mean = np.zeros(())
-        for name, weight in weights.items():
-            raised = np.exp(logits[name]([*experts[name].row(ASKED).prompt, *tokens])[-1].astype(np.float64))
-            mean = mean + weight * raised / raised.sum()
+        raised = {
+            name: np.exp(logits[name]([*experts[name].row(ASKED).prompt, *tokens])[-1].astype(np.float64))
+            for name in now
+        }
+        told = {name: one / one.sum() for name, one in raised.items()}
+        mean = np.sum([now[name] * told[name] for name in now], axis=0)
         second, first = np.sort(np.log(mean))[-2:]
         assert first - second > MARGIN, "take another prompt"
         tokens.append(int(mean.argmax()))
         logprobs.append(float(first))
+        posterior = {name: now[name] * told[name][tokens[-1]] / mean[tokens[-1]] for name in now}
+        now = {name: (1 - SHARE) * posterior[name] + SHARE * weights[name] for name in now}
     return tokens, logprobs
 
 
-def test_a_mixture_is_the_mean_of_its_experts(
+def test_a_mixture_is_the_posterior_mean_of_its_experts(
     host: Host, experts: Mapping[str, LocalExpert], tiny_base: Path, adapters: Mapping[str, Path]
 ) -> None:
     weights = {"law": 0.5, "code": 0.5}
@@ -72,6 +81,7 @@ def test_a_mixture_is_the_mean_of_its_experts(
     assert list(answer.tokens) == tokens
     assert answer.logprobs == pytest.approx(logprobs, abs=1e-3)
     assert both.mode == "mixture"
+    assert collect(both.start(ASKED)) == answer  # each answer begins with the prior
 
 
 def test_an_expert_with_all_the_weight_answers_alone(host: Host, experts: Mapping[str, LocalExpert]) -> None:

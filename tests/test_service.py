@@ -136,7 +136,7 @@ def test_a_stream_is_the_same_answer_in_pieces(client: openai.OpenAI, collegium:
     assert len(pieces) > 2
     assert extra(pieces[0]) == {"decision": json.loads(json.dumps(decision_to_dict(expected.decision)))}
     assert last.choices[0].finish_reason == expected.finish_reason
-    assert set(extra(last)) == {"citations", "expert_version", "mode", "timings"}
+    assert set(extra(last)) == {"citations", "expert_version", "mode", "paid", "timings"}
     assert counted.choices == []
     assert counted.usage is not None
     assert counted.usage.completion_tokens == expected.usage.completion_tokens
@@ -241,7 +241,8 @@ def test_contents_in_parts_and_the_developers_role(client: openai.OpenAI, colleg
         ({"messages": said(LAW), "temperature": 3}, "temperature", "less than or equal to 2"),
         ({"messages": said(LAW), "seed": 2**80}, "seed", "less than or equal"),
         ({"messages": said(LAW), "max_tokens": 0}, "max_tokens", "greater than"),
-        ({"messages": said(LAW), "collegium": {"alpha": 1}}, "collegium.alpha", "expert, domains, retrieve"),
+        ({"messages": said(LAW), "collegium": {"top": 1}}, "collegium.top", "expert, domains, alpha, retrieve"),
+        ({"messages": said(LAW), "collegium": {"alpha": -1}}, "collegium.alpha", "greater than"),
         ({"messages": said(LAW), "collegium": {"domains": []}}, "collegium.domains", "at least 1"),
         ({"messages": said(LAW + " tort" * 500)}, "messages", "Shorten"),
     ],

@@ -84,7 +84,7 @@ class Answering:
         self._text = TextStream(
             lambda ids: str(backend.decode(ids, skip_special_tokens=True)), () if forced else sampling.stop
         )
-        self._left = request.new_tokens
+        self._generated: list[int] = []
 
     @property
     def over(self) -> bool:
@@ -120,16 +120,17 @@ class Answering:
 
     def advance(self) -> FinishReason | None:
         """Draw a token and hand it over; why the answer ends, if it does."""
-        token = self._source.draw(self.request.combiner([row.logits for row in self._rows]))
+        logits = self.request.combiner([row.logits for row in self._rows], self._generated)
+        token = self._source.draw(logits)
         if token.id == self._end:
             return "stop"
         logprobs = None if token.logprob is None else (token.logprob,)
         tops = None if token.top is None else (token.top,)
         self.generation.put(Delta(self._text.push(token.id), (token.id,), logprobs, top_logprobs=tops))
-        self._left -= 1
+        self._generated.append(token.id)
         if self._text.stopped:
             return "stop"
-        if not self._left:
+        if len(self._generated) == self.request.new_tokens:
             return "length"
         for row in self._rows:
             row.append(token.id)

@@ -55,10 +55,9 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="collegium-engine", daemon=True)
         self._thread.start()
 
-    @property
-    def context_length(self) -> int:
-        """Tokens that the base model can see, prompt and answer together, and that its cache holds."""
-        return self._models[BASE].room(rows=1)
+    def room(self, model: str = BASE, rows: int = 1) -> int:
+        """Tokens that a row can see on a model, prompt and answer together, where a request has `rows` on it."""
+        return self._models[model].room(rows)
 
     def generate(
         self,
@@ -72,9 +71,16 @@ class Engine:
         """Queue a request of one row on the base model. Raises what `submit` raises."""
         return self.submit(Request((Row(prompt, adapter),), sampling=sampling, seed=seed, deadline=deadline))
 
-    def load(self, adapter: Adapter) -> None:
+    def add(self, name: str, decoder: Decoder) -> None:
+        """Have rows run on one more model. Raises InvalidRequest where one has this name."""
+        with self._wake:
+            if name in self._models:
+                raise InvalidRequest(f"A model is named {name!r} already.")
+            self._models = {**self._models, name: Model(decoder)}  # the thread goes through the one that it began with
+
+    def load(self, adapter: Adapter, model: str = BASE) -> None:
         """Have an adapter read and checked before it is asked for. Raises what that raises, and what `submit` raises."""
-        for _ in self.generate([0], adapter=adapter, sampling=Sampling(max_tokens=1)):
+        for _ in self.submit(Request((Row([0], adapter, model),), sampling=Sampling(max_tokens=1))):
             pass
 
     def submit(self, request: Request) -> Generation:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from ...errors import CollegiumError
-from ...schema import Delta
+from ...schema import Delta, Paid
 
 log = logging.getLogger(__name__)
 
@@ -17,11 +17,17 @@ Item = Delta | CollegiumError
 
 
 class Generation:
-    """A running answer: iterate over its deltas, or `listen` to them; `close` stops it, and calls `notify`."""
+    """A running answer: iterate over its deltas, or `listen` to them; `close` stops it, and calls `notify`.
+
+    Whoever answers says in `mode` how, where that differs from what its expert is called, and in `paid` what it cost elsewhere;
+    both are final with the last delta.
+    """
 
     def __init__(self, prompt_tokens: int, notify: Callable[[], None] = lambda: None) -> None:
         self.prompt_tokens = prompt_tokens
         self.cancelled = threading.Event()
+        self.mode: str | None = None
+        self.paid: Paid | None = None
         self._notify = notify
         self._deltas: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self._take: Callable[[Item], None] = self._deltas.put

@@ -29,8 +29,14 @@ BFLOAT16_BYTES = 2
 
 def open_engine(model: CachedModel, settings: Settings, tokenizer: PreTrainedTokenizerFast | None = None) -> Engine:
     """An engine on a cached model, as the settings say. Raises what `load_decoder` raises."""
+    decoder = open_decoder(model, settings)
+    return Engine(decoder, tokenizer or load_tokenizer(model), max_rows=settings.max_rows, max_queue=settings.max_queue)
+
+
+def open_decoder(model: CachedModel, settings: Settings) -> Decoder:
+    """A decoder of a cached model, as the settings say. Raises what `load_decoder` raises."""
     limit_threads(settings.threads)
-    decoder = load_decoder(
+    return load_decoder(
         model,
         precision=settings.precision,
         device=pick_device(settings.device),
@@ -39,7 +45,6 @@ def open_engine(model: CachedModel, settings: Settings, tokenizer: PreTrainedTok
         cache_bytes=settings.kv_cache_mb << 20,
         adapter_slots=settings.adapter_slots,
     )
-    return Engine(decoder, tokenizer or load_tokenizer(model), max_rows=settings.max_rows, max_queue=settings.max_queue)
 
 
 def load_decoder(

@@ -19,9 +19,9 @@ LEAST = 0.1
 def mixture(scores: Scores, live: Live) -> Decision:
     """The experts of the prediction set, weighted by their domains' probabilities.
 
-    `p(token) = sum_d p(d | prompt) p_d(token)`, the posterior-weighted ensemble of DEMix (Gururangan et al. 2022, "DEMix Layers:
-    Disentangling Domains for Modular Language Modeling") over the domains that are still possible. Where the likeliest domain has
-    no expert the fallback answers, as with `top1`: the expert of a less likely domain is not a second best.
+    `p(token) = sum_d p(d | prompt, answer so far) p_d(token)`, the ensemble of DEMix (Gururangan et al. 2022, "DEMix Layers:
+    Disentangling Domains for Modular Language Modeling") over the domains that are still possible; these weights are its prior.
+    Where the likeliest domain has no expert the fallback answers, as with `top1`: that of a less likely one is not a second best.
     """
     alone = top1(scores, live)
     if alone.reason != "routed":
