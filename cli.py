@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import warnings
@@ -11,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_models import shrink
+from .cli_proxy import proxy
 from .cli_router import decisions, router
-from .cli_shared import AsJson, given, load_settings, open_home, reporting
+from .cli_shared import AsJson, Files, given, load_settings, open_home, parse_options, reporting
 
 if TYPE_CHECKING:
     from .models.fetch import Progress
@@ -32,8 +33,6 @@ app.add_typer(experts, name="experts")
 app.add_typer(router, name="router")
 app.add_typer(decisions, name="decisions")
 app.add_typer(releases, name="releases")
-
-Files = Annotated[list[Path], typer.Option(help="JSON lines with prompt and answer (.jsonl, .jsonl.gz); repeatable.")]
 
 
 def main() -> None:
@@ -82,6 +81,9 @@ def chat(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0 is greedy.")] = None,
     go_on: Annotated[bool, typer.Option("--continue", help="Go on talking afterwards, on a terminal.")] = False,
+    alpha: Annotated[
+        float | None, typer.Option(min=0, help="How strongly an expert that steers another model does so.")
+    ] = None,
     no_retrieval: Annotated[bool, typer.Option("--no-retrieval", help="Do not look anything up.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -89,7 +91,7 @@ def chat(
     from .console import converse, show_answer
 
     settings = load_settings(max_tokens=max_tokens, temperature=temperature)
-    ask: dict[str, Any] = {"expert": expert, "retrieve": not no_retrieval}
+    ask: dict[str, Any] = {"expert": expert, "retrieve": not no_retrieval, "alpha": alpha}
     with reporting() as progress:
         collegium = _open(settings, progress)
     with collegium:
@@ -169,7 +171,7 @@ def train(
         domain=domain or name,
         description=description,
         recipe=recipe,
-        options=_options(option or []),
+        options=parse_options(option or []),
         licence=licence,
         limit=limit,
         test_limit=test_limit,
@@ -178,6 +180,10 @@ def train(
         card, verdict = train_expert(plan, home, force=force, progress=progress)
     show_card(card)
     typer.echo(f"{card.version} is live. It is {verdict}.")
+
+
+app.command()(proxy)
+app.command()(shrink)
 
 
 @experts.command("list")
@@ -277,21 +283,6 @@ def _standard_input() -> str:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"Standard input is not UTF-8 text: {error}.", hint="Convert it first.") from None
-
-
-def _options(pairs: list[str]) -> dict[str, Any]:
-    from .errors import InvalidRequest
-
-    out: dict[str, Any] = {}
-    for pair in pairs:
-        name, found, value = pair.partition("=")
-        if not found or not name:
-            raise InvalidRequest(f"--option {pair!r} is not NAME=VALUE.")
-        try:
-            out[name.replace("-", "_")] = json.loads(value)
-        except json.JSONDecodeError:
-            out[name.replace("-", "_")] = value
-    return out
 
 
 def _note(sentence: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Files = Annotated[list[Path], typer.Option(help="JSON lines with prompt and answer (.jsonl, .jsonl.gz); repeatable.")]
 
 given: dict[str, Any] = {}
 """The options before the command: `home` and `quiet`."""
@@ -42,3 +45,19 @@ def reporting() -> Iterator[Progress]:
 
     with progress_bars(quiet=bool(given.get("quiet"))) as report:
         yield report
+
+
+def parse_options(pairs: list[str]) -> dict[str, Any]:
+    """A recipe's options from NAME=VALUE, values as JSON where they are. Raises InvalidRequest."""
+    from .errors import InvalidRequest
+
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        name, found, value = pair.partition("=")
+        if not found or not name:
+            raise InvalidRequest(f"--option {pair!r} is not NAME=VALUE.")
+        try:
+            out[name.replace("-", "_")] = json.loads(value)
+        except json.JSONDecodeError:
+            out[name.replace("-", "_")] = value
+    return out

@@ -11,11 +11,14 @@ import pytest
 
 from collegium.errors import CollegiumError, InvalidRequest, NameTaken, UnknownExpert, UnsupportedModel
 from collegium.experts.home import Home
+from collegium.experts.probe import make_canary
+from collegium.experts.shrunk import Shrunk, open_shrunk
 from collegium.router.artifact import RouterArtifact
 from collegium.runtime import Collegium
-from collegium.schema import Card, Evidence, Lora, Score
+from collegium.schema import ARTIFACT, Card, Evidence, Lora, Proxy, Score
 from collegium.settings import Settings
-from collegium.training.register import NewDomain, read_prompts, register, unregister
+from collegium.tests.engine_models import tiny_lora
+from collegium.training.register import NewDomain, Pairing, read_prompts, register, unregister
 
 ASKED = "a river, a mountain, a guitar and a violin"
 BOOK = "The guitar and the violin.\n\nA river, a mountain: a guitar and a violin by the river.\n"
@@ -121,6 +124,51 @@ def test_a_given_adapter_answers(
     assert isinstance(card.spec, Lora)
     assert card.spec.rank == 4
     assert (reply.expert_version, reply.mode, reply.text) == (card.version, "lora", expected)
+
+
+def test_an_expert_without_a_domain_is_asked_for_by_name(
+    home: Home, running: Collegium, adapters: Mapping[str, Path], prompts: Mapping[str, str]
+) -> None:
+    before = home.release()
+    card = register(home, None, name="counsel", adapter=adapters["code"], progress=silent)
+    assert (card.domain, card.spec.kind) == ("", "lora")
+    assert card.evidence.created
+    assert (home.release().router, home.release().indexes) == (before.router, before.indexes)
+    reply = running.chat(prompts["math"], expert="counsel")
+    assert (reply.expert_version, reply.text) == (card.version, running.chat(prompts["math"], expert="code").text)
+    assert running.route(prompts["law"]).expert == "law"
+    again = register(home, None, name="counsel", adapter=adapters["law"], progress=silent)
+    assert home.cards(home.release())["counsel"] == again != card
+    for name, domain in (("counsel", NewDomain("music", "Guitars.")), ("law", None)):
+        with pytest.raises(NameTaken, match=f"{name} answers for"):
+            register(home, domain, name=name, adapter=adapters["law"], progress=silent)
+    for name in ("", "base", "Music"):
+        with pytest.raises(InvalidRequest, match="cannot be a name"):
+            register(home, None, name=name, adapter=adapters["law"], progress=silent)
+    with pytest.raises(InvalidRequest, match="would be the base model") as caught:
+        register(home, None, name="nobody", progress=silent)
+    assert caught.value.hint
+    after = unregister(home, "counsel")
+    assert "counsel" not in after.aliases
+    assert after.router == before.router
+
+
+def test_an_adapter_of_another_model_is_held_against_that(
+    home: Home, adapters: Mapping[str, Path], tmp_path: Path
+) -> None:
+    base = home.models.get(home.settings.base_model)
+    (tmp_path / "shrunk").mkdir()
+    Shrunk(base.identity, (1,)).save(tmp_path / "shrunk")
+    version = home.artifacts.put(tmp_path / "shrunk")
+    small = open_shrunk(version, base, home.artifacts, home.models)
+    adapter = tiny_lora(tmp_path / "adapter", small.folder)
+    pairing = Pairing(small, lambda lora: Proxy(lora.adapter, lora.rank, small=f"{ARTIFACT}{version}"))
+    with pytest.raises(UnsupportedModel, match=r"layers\.1"):
+        register(home, None, name="steered", adapter=adapters["code"], pairing=pairing, progress=silent)
+    card = register(home, None, name="steered", adapter=adapter, pairing=pairing, progress=silent)
+    assert isinstance(card.spec, Proxy)
+    assert (card.base, card.spec.rank) == (base.identity, 4)
+    assert card.evidence.canary == make_canary(home.artifacts.verify(card.spec.adapter), small)
 
 
 def test_an_expert_may_have_another_name_than_its_domain(home: Home, running: Collegium) -> None:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from collegium.errors import InvalidRequest
+from collegium.experts.engine.engine import Engine
+from collegium.experts.engine.request import Row
+from collegium.experts.engine.slots import Adapter
 from collegium.models.cache import CachedModel
 from collegium.models.chat import ChatEncoder
 from collegium.models.load import load_lm, load_tokenizer, pick_device
 from collegium.schema import Message
+from collegium.tests.engine_doubles import is_idle, open_decoder, until
+from collegium.training.answerer import EngineAnswerer, SpokenAnswerer, TorchAnswerer
 from collegium.training.evaluate import (
     FREE_QUESTIONS,
     Results,
@@ -25,11 +31,12 @@ from collegium.training.evaluate import (
     compare,
     interval,
     probes,
+    prompt_of,
     same_text,
     token_f1,
 )
 from collegium.training.examples import Example
-from collegium.training.gate import judge
+from collegium.training.gate import Verdicts, judge
 from collegium.training.scoring import choice_logprobs, generate
 from collegium.training.wording import ask
 
@@ -109,13 +116,51 @@ def test_greedy_answers_end_at_the_end_token(tiny: Tiny) -> None:
     assert generate(tiny.model, prompts, max_tokens=8, end=end) == expected
 
 
+@pytest.mark.parametrize("name", [None, "law"])
+def test_the_engine_measures_what_torch_does(tiny_base: Path, adapters: Mapping[str, Path], name: str | None) -> None:
+    import torch
+    from peft import PeftModel
+
+    cached = CachedModel("tiny", tiny_base, "LlamaForCausalLM", "tiny")
+    tokenizer = load_tokenizer(cached)
+    end = int(tokenizer.eos_token_id)
+    model: Any = load_lm(cached, device=pick_device("cpu"), dtype=torch.float32)
+    if name:
+        model = PeftModel.from_pretrained(model, str(adapters[name])).eval()
+    plain = TorchAnswerer(model, end)
+    rng = random.Random(2)
+
+    def some(most: int) -> list[int]:
+        return [rng.randrange(3, 250) for _ in range(rng.randrange(1, most))]
+
+    questions = [(some(40), [some(6) for _ in range(rng.randrange(1, 5))]) for _ in range(21)]
+    prompts = [prompt for prompt, _ in questions]
+    engine = Engine(open_decoder(tiny_base), tokenizer, max_rows=3, max_queue=2)
+    try:
+        adapter = Adapter(name, adapters[name]) if name else None
+        served = EngineAnswerer(engine, lambda prompt: (Row(prompt, adapter),))
+        for ours, theirs in zip(served.logprobs(questions), plain.logprobs(questions), strict=True):
+            assert [len(one) for one in ours] == [len(one) for one in theirs]
+            for one, other in zip(ours, theirs, strict=True):
+                assert one == pytest.approx(other, abs=1e-3)
+        assert served.generate(prompts, 8) == plain.generate(prompts, 8)
+        assert served.generate([], 8) == []
+        assert list(served.logprobs([])) == []
+        assert engine.stats().running == 0
+        with pytest.raises(InvalidRequest):
+            served.generate([[3], [10_000], [4]], 8)
+        until(lambda: is_idle(engine))
+    finally:
+        engine.close()
+
+
 def ask_for(prompt: str, answer: str, id_: str, source: str = "wine", choices: tuple[str, ...] = ()) -> Example:
     return Example(prompt, answer, id_, source, "", choices)
 
 
 @pytest.fixture
 def scorer(tiny: Tiny) -> Scorer:
-    return Scorer(tiny.model, tiny.chat, tiny.end)
+    return Scorer(TorchAnswerer(tiny.model, tiny.end), tiny.chat)
 
 
 def said(tiny: Tiny, row: Example) -> str:
@@ -141,6 +186,23 @@ def test_rows_are_scored_by_what_they_are(tiny: Tiny, scorer: Scorer) -> None:
     prompt = tiny.chat.encode([Message("user", "explain")])
     assert scores[3] == {"nll": pytest.approx(-np.mean(tiny.logprobs(prompt, tiny.chat.text("A long answer."))))}
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_answers_may_be_compared_as_text_where_likelihoods_are_dear(tiny: Tiny, scorer: Scorer) -> None:
+    closed = Example("explain", "red", "a", "boolq", "", ("red", "white"), "A wine.")  # a wording without the choices
+    closed = replace(closed, answer=said(tiny, closed))
+    wrong = replace(closed, answer="Burgundy")
+    long = ask_for("explain", "A long answer.", "d", source="medquad")
+    rows = [closed, wrong, long]
+    assert replace(scorer, spoken="closed").score(rows)[:2] == [{"accuracy": 1.0}, {"accuracy": 0.0}]
+    assert set(replace(scorer, spoken="closed").score(rows)[2]) == {"nll"}
+    texts = {tuple(prompt_of(row, tiny.chat)): row.prompt for row in rows}
+    speaker = SpokenAnswerer(lambda questions, most: [tiny.chat.text(one) for one in questions], texts)
+    scores = Scorer(speaker, tiny.chat, "all").score(rows)
+    assert scores[:2] == [{"accuracy": 0.0}, {"accuracy": 0.0}]
+    assert scores[2] == {"exact_match": 0.0, "token_f1": 0.0}
+    with pytest.raises(InvalidRequest, match="no likelihoods"):
+        Scorer(speaker, tiny.chat).score(rows)
 
 
 def test_one_choice_is_the_likeliest(tiny: Tiny, scorer: Scorer) -> None:
@@ -232,6 +294,15 @@ def test_an_interval_contains_the_mean(values: list[float]) -> None:
     assert np.mean(values) - 1e-4 <= high <= max(values) + 1e-4
 
 
+def test_a_score_stands_beside_others() -> None:
+    results: Results = {("wine", "nll"): [2.0] * 9, ("beer", "accuracy"): [1.0, 0.0] * 50}
+    base: Results = {("wine", "nll"): [3.0] * 9, ("beer", "accuracy"): [0.25] * 100}
+    beer, wine = compare(results, base, {"expert alone": results, "tuned directly": base})
+    assert wine.beside == {"expert alone": 2.0, "tuned directly": 3.0}
+    assert beer.beside == {"expert alone": 0.5, "tuned directly": 0.25}
+    assert compare(results, base)[0].beside == {}
+
+
 def test_a_score_stands_beside_the_base() -> None:
     results: Results = {("wine", "nll"): [2.0] * 9, ("beer", "accuracy"): [1.0, 0.0] * 50}
     base: Results = {("wine", "nll"): [3.0] * 9, ("beer", "accuracy"): [0.25] * 100}
@@ -279,6 +350,19 @@ def test_an_equal_a_worse_and_a_lucky_one_are_refused(candidate: list[float], ba
     assert not verdict.passed
     assert verdict.low <= verdict.gain == pytest.approx(np.mean(candidate) - np.mean(base))
     assert str(verdict).startswith("not better: ")
+
+
+def test_who_has_to_beat_several_is_told_who_wins() -> None:
+    strong, weak, same = one_task([1] * 30), one_task([0] * 30), one_task([1] * 30)
+    both = Verdicts({"the large model alone": judge(strong, weak), "the small expert alone": judge(strong, weak)})
+    assert both.passed
+    assert str(both).count("better than") == 2
+    assert "wins" not in str(both)
+    for rival, word, winner in ((same, "; not better than", ""), (one_task([2] * 30), "; worse than", "wins")):
+        some = Verdicts({"the large model alone": judge(strong, weak), "the small expert alone": judge(strong, rival)})
+        assert not some.passed
+        assert f"{word} the small expert alone: " in str(some)
+        assert str(some).endswith(f". The small expert alone {winner}") == bool(winner)
 
 
 def test_a_lower_nll_is_better() -> None:

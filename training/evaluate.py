@@ -1,4 +1,4 @@
-"""Score an expert beside its base on the same rows.
+"""Score an expert beside others on the same rows.
 
 Rows with choices are scored by likelihood: the choice with the highest mean log-probability a token is the answer, so a model
 that does not follow instructions is not punished for its manners. Other rows are generated greedily and compared as text, or,
@@ -11,19 +11,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import numpy as np
 
 from ..models.chat import ChatEncoder
 from ..schema import Message, Score
+from .answerer import Answerer, Question
 from .examples import Example
-from .scoring import choice_logprobs, generate
 from .wording import ask, wording_of
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 ANSWER_TOKENS = 64
 """Longest answer that is generated for a row."""
@@ -39,55 +35,77 @@ Results = dict[tuple[str, str], list[float]]
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """Scores rows with one model, as it stands."""
+    """Scores rows with one answerer; `chat` is how they are put to it.
 
-    model: PreTrainedModel | PeftModel
+    `spoken` are the answers that are generated and compared as text: `short` ones; `closed`, those out of a closed set too, where
+    likelihoods are dear; or `all`, where there are none.
+    """
+
+    answerer: Answerer
     chat: ChatEncoder
-    end: int
+    spoken: Literal["short", "closed", "all"] = "short"
 
     def score(
         self, rows: Sequence[Example], progress: Callable[[int, int], None] | None = None
     ) -> list[Mapping[str, float]]:
         """The metrics of each row, in the order of `rows`."""
         generated = self._generate(rows)
+        scored = self.answerer.logprobs([self._question(row) for at, row in enumerate(rows) if at not in generated])
         results = []
         for at, row in enumerate(rows):
-            results.append(self._measure(row, generated.get(at)))
+            results.append(_compared(row, generated[at]) if at in generated else _likelihood(row, next(scored)))
             if progress:
                 progress(at + 1, len(rows))
         return results
 
-    def _measure(self, row: Example, answer: str | None) -> Mapping[str, float]:
-        if row.source == FREE_QUESTIONS:
-            return {"in_sentences": float(len((answer or "").split()) >= SHORTEST_SENTENCE)}
-        if row.choices:
-            return {"accuracy": float(self._choose(row) == row.answer)}
-        if answer is None:
-            return {"nll": self._nll(row)}
-        same = same_text(answer, row.answer, case=wording_of(row).case)
-        return {"exact_match": float(same), "token_f1": token_f1(answer, row.answer)}
+    def prompt(self, row: Example) -> list[int]:
+        """The row as it is asked."""
+        return prompt_of(row, self.chat)
 
-    def _prompt(self, row: Example) -> list[int]:
-        return self.chat.encode([Message("user", ask(row))])
+    def answer(self, row: Example) -> list[int]:
+        """The row's answer, as much of it as its likelihood is measured on."""
+        return self.chat.text(row.answer)[:LIKELIHOOD_TOKENS]
 
-    def _choose(self, row: Example) -> str:
-        scores = choice_logprobs(self.model, self._prompt(row), [self.chat.text(choice) for choice in row.choices])
-        return row.choices[int(np.argmax([np.mean(score) for score in scores]))]
-
-    def _nll(self, row: Example) -> float:
-        answer = self.chat.text(row.answer)[:LIKELIHOOD_TOKENS]
-        return -float(np.mean(choice_logprobs(self.model, self._prompt(row), [answer])[0]))
+    def _question(self, row: Example) -> Question:
+        answers = [self.chat.text(choice) for choice in row.choices]
+        return self.prompt(row), answers or [self.answer(row)]
 
     def _generate(self, rows: Sequence[Example]) -> dict[int, str]:
         """Answers by place in `rows`, for those that are compared as text."""
-        places = [at for at, row in enumerate(rows) if not row.choices and not self._is_long(row)]
-        prompts = [self._prompt(rows[at]) for at in places]
-        answers = generate(self.model, prompts, max_tokens=ANSWER_TOKENS, end=self.end)
+        places = [at for at, row in enumerate(rows) if self._is_spoken(row)]
+        answers = self.answerer.generate([self.prompt(rows[at]) for at in places], ANSWER_TOKENS)
         return {at: self.chat.decode(answer) for at, answer in zip(places, answers, strict=True)}
+
+    def _is_spoken(self, row: Example) -> bool:
+        if self.spoken == "all":
+            return True
+        return self.spoken == "closed" if row.choices else not self._is_long(row)
 
     def _is_long(self, row: Example) -> bool:
         """Whether the answer is scored by its likelihood: it would not be met word by word."""
         return wording_of(row).metric == "likelihood" or self.chat.count(row.answer) > ANSWER_TOKENS
+
+
+def prompt_of(row: Example, chat: ChatEncoder) -> list[int]:
+    """The row as it is asked, in its first wording, of a model with this template."""
+    return chat.encode([Message("user", ask(row))])
+
+
+def _compared(row: Example, answer: str) -> Mapping[str, float]:
+    if row.source == FREE_QUESTIONS:
+        return {"in_sentences": float(len(answer.split()) >= SHORTEST_SENTENCE)}
+    same = same_text(answer, row.answer, case=wording_of(row).case)
+    if row.choices:
+        return {"accuracy": float(same)}
+    return {"exact_match": float(same), "token_f1": token_f1(answer, row.answer)}
+
+
+def _likelihood(row: Example, logprobs: Sequence[Sequence[float]]) -> Mapping[str, float]:
+    """From the log-probabilities of the row's choices, or of its answer alone."""
+    means = [float(np.mean(one)) for one in logprobs]
+    if row.choices:
+        return {"accuracy": float(row.choices[int(np.argmax(means))] == row.answer)}
+    return {"nll": -means[0]}
 
 
 def probes(domain: str) -> list[Example]:
@@ -121,13 +139,21 @@ def token_f1(answer: str, reference: str) -> float:
     return 2 * common / (sum(ours.values()) + sum(theirs.values())) if common else 0.0
 
 
-def compare(candidate: Results, base: Results, *, samples: int = 2000, seed: int = 0) -> tuple[Score, ...]:
-    """A `Score` for each task and metric, with the candidate's 95 % bootstrap interval and the base's value."""
+def compare(
+    candidate: Results,
+    base: Results,
+    beside: Mapping[str, Results] | None = None,
+    *,
+    samples: int = 2000,
+    seed: int = 0,
+) -> tuple[Score, ...]:
+    """A `Score` for each task and metric, with the candidate's 95 % bootstrap interval, the base's value and those of others."""
     rng = np.random.default_rng(seed)
     out = []
-    for (task, metric), values in sorted(candidate.items()):
+    for key, values in sorted(candidate.items()):
         low, high = interval(np.asarray(values), rng, samples)
-        out.append(Score(task, metric, mean(values), low, high, mean(base[task, metric]), len(values)))
+        others = {who: mean(results[key]) for who, results in (beside or {}).items()}
+        out.append(Score(*key, mean(values), low, high, mean(base[key]), len(values), others))
     return tuple(out)
 
 

@@ -1,7 +1,8 @@
-"""The gate: a candidate goes live only if it is better than the base model, on rows that it was not trained on."""
+"""The gate: a candidate goes live only if it is better than what it could be replaced by, on rows that it was not trained on."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,11 +35,37 @@ class Verdict:
         """Better on its tasks beyond doubt, and still able to talk."""
         return self.low > 0 and self.talks and self.rows >= FEWEST_ROWS
 
-    def __str__(self) -> str:
-        word = "better" if self.passed else "not better"
+    @property
+    def worse(self) -> bool:
+        """Worse on its tasks beyond doubt."""
+        return self.high < 0 and self.rows >= FEWEST_ROWS
+
+    @property
+    def numbers(self) -> str:
+        """The gain and its interval, and what else stands in the way."""
         silent = "" if self.talks else "; but it answers free questions with labels instead of sentences"
         few = f"; but {self.rows} rows are too few to tell" if self.rows < FEWEST_ROWS else ""
-        return f"{word}: {self.gain:+.4f} a task (95 % interval {self.low:+.4f} to {self.high:+.4f}){silent}{few}"
+        return f"{self.gain:+.4f} a task (95 % interval {self.low:+.4f} to {self.high:+.4f}){silent}{few}"
+
+    def __str__(self) -> str:
+        return f"{'better' if self.passed else 'not better'}: {self.numbers}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdicts:
+    """A candidate against each of those that it could be replaced by."""
+
+    against: Mapping[str, Verdict]
+
+    @property
+    def passed(self) -> bool:
+        """Better than every one of them."""
+        return all(verdict.passed for verdict in self.against.values())
+
+    def __str__(self) -> str:
+        sentences = [f"{_word(verdict)} than {who}: {verdict.numbers}" for who, verdict in self.against.items()]
+        winners = [who for who, verdict in self.against.items() if verdict.worse]
+        return ". ".join(["; ".join(sentences), *(f"{who[0].upper()}{who[1:]} wins" for who in winners)])
 
 
 def judge(candidate: Results, reference: Results, *, samples: int = 2000, seed: int = 0) -> Verdict:
@@ -63,6 +90,10 @@ def judge(candidate: Results, reference: Results, *, samples: int = 2000, seed: 
     fewest = min(len(candidate[key]) for key in first.items())
     low, high = np.quantile(np.mean(resampled, axis=0), (0.025, 0.975))
     return Verdict(float(np.mean(gains)), float(low), float(high), _talks(candidate, reference), fewest)
+
+
+def _word(verdict: Verdict) -> str:
+    return "better" if verdict.passed else "worse" if verdict.worse else "not better"
 
 
 def _talks(candidate: Results, reference: Results) -> bool:

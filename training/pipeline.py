@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,11 +15,12 @@ from ..experts.home import Home
 from ..models.cache import CachedModel, sha256
 from ..models.chat import ChatEncoder
 from ..models.load import load_lm, load_tokenizer, pick_device, pick_dtype
-from ..schema import Card, Evidence, digest
+from ..schema import Card, Evidence, Score, digest
 from ..settings import Settings
+from .answerer import TorchAnswerer
 from .evaluate import Results, Scorer, by_task, compare, probes
 from .examples import Example, read_examples
-from .gate import FEWEST_ROWS, Verdict, judge
+from .gate import FEWEST_ROWS, Verdict, Verdicts, judge
 from .prepare import rehearse, token_rows
 from .recipes import Progress, Row, load_recipe
 from .register import NewDomain, check_names, register
@@ -135,15 +136,15 @@ def evaluate_adapter(
         device = pick_device(settings.device)
         model = load_lm(base, device=device, dtype=pick_dtype(settings.precision, device))
         tuned = PeftModel.from_pretrained(model, str(adapter)).eval()
-        scorer = Scorer(tuned, ChatEncoder(tokenizer), int(tokenizer.eos_token_id))
+        scorer = Scorer(TorchAnswerer(tuned, int(tokenizer.eos_token_id)), ChatEncoder(tokenizer))
         rows = [*held_out, *probes(plan.domain or plan.name)]
         candidate = by_task(rows, scorer.score(rows, lambda done, of: progress("measuring the expert", done, of)))
         with tuned.disable_adapter():
             reference = by_task(rows, scorer.score(rows, lambda done, of: progress("measuring the base", done, of)))
-        return {"candidate": _flat(candidate), "base": _flat(reference)}
+        return {"candidate": flat(candidate), "base": flat(reference)}
 
     _, report = stages.run(f"evaluate-{_test_digest(plan)}", evaluation)
-    return _deep(report["candidate"]), _deep(report["base"])
+    return deep(report["candidate"]), deep(report["base"])
 
 
 def train_expert(plan: Plan, home: Home, *, force: bool, progress: Progress) -> tuple[Card, Verdict]:
@@ -166,9 +167,19 @@ def train_expert(plan: Plan, home: Home, *, force: bool, progress: Progress) -> 
             f"{plan.name} is {verdict}. It was not registered; its adapter is in {adapter}.",
             hint="Add or clean examples, or register it all the same with --force, which its card will say.",
         )
-    evidence = Evidence(
+    evidence = make_evidence(plan, compare(candidate, reference), verdict, report)
+    domain = new_domain(plan, plan.domain or plan.name, tasks)
+    card = register(home, domain, name=plan.name, adapter=adapter, evidence=evidence, progress=progress)
+    return card, verdict
+
+
+def make_evidence(
+    plan: Plan, scores: tuple[Score, ...], verdict: Verdict | Verdicts, report: Mapping[str, Any]
+) -> Evidence:
+    """What a card says of a candidate that was measured; `report` is what its training, or its fit, told."""
+    return Evidence(
         description=plan.description,
-        scores=compare(candidate, reference),
+        scores=scores,
         gate=str(verdict),
         forced=not verdict.passed,
         recipe={"name": plan.recipe, **{key: value for key, value in report.items() if key != "losses"}},
@@ -176,19 +187,23 @@ def train_expert(plan: Plan, home: Home, *, force: bool, progress: Progress) -> 
         licence=plan.licence,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def new_domain(plan: Plan, name: str, tasks: Sequence[Example]) -> NewDomain:
+    """The plan's domain, with prompts that teach it to the router."""
     prompts = [example.prompt for example in tasks[:ROUTER_PROMPTS]]
-    domain = NewDomain(plan.domain or plan.name, plan.description, prompts=tuple(prompts))
-    card = register(home, domain, name=plan.name, adapter=adapter, evidence=evidence, progress=progress)
-    return card, verdict
+    return NewDomain(name, plan.description, prompts=tuple(prompts))
 
 
 def _test_digest(plan: Plan) -> str:
     return digest([[sha256(path) for path in plan.test], plan.test_limit])[:12]
 
 
-def _flat(results: Results) -> list[list[Any]]:
+def flat(results: Results) -> list[list[Any]]:
+    """As JSON-ready values; `deep` reads them back."""
     return [[task, metric, values] for (task, metric), values in results.items()]
 
 
-def _deep(rows: list[list[Any]]) -> Results:
+def deep(rows: list[list[Any]]) -> Results:
+    """Read what `flat` wrote."""
     return {(task, metric): values for task, metric, values in rows}

@@ -23,7 +23,7 @@ from ..retrieval import Chunk, build_index, chunk, read_documents
 from ..router.artifact import RouterArtifact
 from ..router.encoder import Encoders
 from ..router.router import Router
-from ..schema import Base, Canary, Card, Evidence, Lora, Release
+from ..schema import Base, Canary, Card, Evidence, Lora, Release, Spec
 from .recipes import Progress
 
 RESERVED = frozenset({"auto", "base", "none"})
@@ -44,57 +44,93 @@ class NewDomain:
     prompts: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """The small model that an adapter is held against and probed on, and the spec that is made of the adapter in the store."""
+
+    model: CachedModel
+    spec: Callable[[Lora], Spec]
+
+
 def register(
     home: Home,
-    domain: NewDomain,
+    domain: NewDomain | None,
     *,
     name: str | None = None,
     adapter: Path | None = None,
+    pairing: Pairing | None = None,
     evidence: Evidence | None = None,
     progress: Progress,
     notes: Callable[[str], None] = lambda note: None,
 ) -> Card:
     """Publish a release in which `name` (the domain's by default) answers for the domain; returns its card.
 
-    A domain that the router knows keeps its class. `notes` is told, a sentence each, what was not read. Raises
-    InvalidRequest, NameTaken or UnsupportedModel before anything is published.
+    A domain that the router knows keeps its class. An expert without a domain needs an adapter; it is asked for by name, and the
+    router stays as it is. Without a `pairing`, the adapter is one of the base model. `notes` is told, a sentence each, what was
+    not read. Raises InvalidRequest, NameTaken or UnsupportedModel before anything is published.
     """
-    name = name or domain.name
-    check_names(home, name, domain.name)
+    name = name or (domain.name if domain else "")
+    check_names(home, name, domain.name if domain else None)
+    if domain is None and adapter is None:
+        raise InvalidRequest(f"{name} would be the base model.", hint="Give it a domain or an adapter.")
     with one_at_a_time(home):
-        return _register(home, domain, name, adapter, evidence, progress, notes)
+        return _register(home, domain, name, adapter, pairing, evidence, progress, notes)
 
 
 def _register(
     home: Home,
-    domain: NewDomain,
+    domain: NewDomain | None,
     name: str,
     adapter: Path | None,
+    pairing: Pairing | None,
     evidence: Evidence | None,
     progress: Progress,
     notes: Callable[[str], None],
 ) -> Card:
     release = home.release()
     base = home.models.get(home.settings.base_model, progress)
-    encoder = home.models.get(home.settings.encoder, progress)
     with tempfile.TemporaryDirectory() as scratch:
-        chunks = _chunks(domain, notes)
-        index = _index(home, chunks, encoder, Path(scratch) / "index", progress)
-        router = _router(home, release, domain, chunks, encoder, progress)
-        lora = None
-        if adapter:
-            spec = store_adapter(adapter, base, home.artifacts, Path(scratch) / "adapter")
-            progress("probing the adapter", 0, 0)
-            lora = spec, make_canary(home.artifacts.verify(spec.adapter), base)
-    card = _card(home, release, name, domain, lora, base.identity, evidence)
+        learned = _learn(home, release, domain, Path(scratch) / "index", progress, notes) if domain else Learned()
+        whose = pairing or Pairing(base, lambda lora: lora)
+        made = _store(home, adapter, whose, Path(scratch) / "adapter", progress) if adapter else None
+    card = _card(home, release, name, domain, made, base.identity, evidence)
     home.registry.publish(
         cards=[card],
         aliases={name: card.version},
-        router=router,
-        indexes={domain.name: index} if index else {},
+        router=learned.router,
+        indexes={card.domain: learned.index} if learned.index else {},
         note=f"add {card.version}",
     )
     return card
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """The hashes of what a new domain needs: a router where the live one does not know it, an index where it has documents."""
+
+    router: str | None = None
+    index: str | None = None
+
+
+def _learn(
+    home: Home,
+    release: Release,
+    domain: NewDomain,
+    scratch: Path,
+    progress: Progress,
+    notes: Callable[[str], None],
+) -> Learned:
+    encoder = home.models.get(home.settings.encoder, progress)
+    chunks = _chunks(domain, notes)
+    index = _index(home, chunks, encoder, scratch, progress)
+    return Learned(_router(home, release, domain, chunks, encoder, progress), index)
+
+
+def _store(home: Home, adapter: Path, pairing: Pairing, scratch: Path, progress: Progress) -> tuple[Spec, Canary]:
+    """The spec of the adapter, which is in the store then, and its canary."""
+    lora = store_adapter(adapter, pairing.model, home.artifacts, scratch)
+    progress("probing the adapter", 0, 0)
+    return pairing.spec(lora), make_canary(home.artifacts.verify(lora.adapter), pairing.model)
 
 
 def unregister(home: Home, name: str) -> Release:
@@ -137,20 +173,21 @@ def _card(
     home: Home,
     release: Release,
     name: str,
-    domain: NewDomain,
-    lora: tuple[Lora, Canary] | None,
+    domain: NewDomain | None,
+    made: tuple[Spec, Canary] | None,
     base: str,
     evidence: Evidence | None,
 ) -> Card:
     """The expert's card. Without a new adapter, an expert that is live stays what it is, with what was measured of it."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     before = home.registry.card(release.aliases[name]) if name in release.aliases else None
-    if lora is None and before is not None and before.base == base:
-        description = domain.description or before.evidence.description
+    described = domain.description if domain else ""
+    if made is None and before is not None and before.base == base:
+        description = described or before.evidence.description
         return replace(before, evidence=replace(before.evidence, description=description))
-    evidence = evidence or Evidence(description=domain.description, created=now)
-    spec, canary = lora or (Base(), None)
-    return Card(name, domain.name, spec, base, evidence=replace(evidence, canary=canary))
+    evidence = evidence or Evidence(description=described, created=now)
+    spec, canary = made or (Base(), None)
+    return Card(name, domain.name if domain else "", spec, base, evidence=replace(evidence, canary=canary))
 
 
 def read_prompts(paths: Sequence[Path]) -> tuple[str, ...]:
@@ -189,17 +226,17 @@ def _check_name(name: str) -> None:
         )
 
 
-def check_names(home: Home, name: str, domain: str) -> None:
-    """Raise InvalidRequest where a name is malformed or reserved, NameTaken where another expert has the domain."""
-    for each in (name, domain):
+def check_names(home: Home, name: str, domain: str | None) -> None:
+    """Raise InvalidRequest where a name is malformed or reserved, NameTaken where another expert has the name or the domain."""
+    for each in (name, *([domain] if domain is not None else [])):
         _check_name(each)
     release = home.release()
     for alias, card in home.cards(release).items():
-        if alias == name and card.domain != domain:
+        if alias == name and card.domain != (domain or ""):
             raise NameTaken(
-                f"{name} answers for {card.domain or 'no domain'}, not for {domain}.", hint="Remove it first."
+                f"{name} answers for {card.domain or 'no domain'}, not for {domain or 'none'}.", hint="Remove it first."
             )
-        if card.domain == domain and alias != name:
+        if domain and card.domain == domain and alias != name:
             raise NameTaken(
                 f"{alias} answers for {domain} already.", hint=f"Remove it first, or register {alias} again."
             )
