@@ -29,6 +29,7 @@ from collegium.router.router import Router
 from collegium.router.words import users_words
 from collegium.schema import Lora
 from collegium.settings import Settings
+from collegium.training.answerer import TorchAnswerer
 from collegium.training.evaluate import LOWER_IS_BETTER, Scorer, interval
 from collegium.training.examples import Example, read_examples
 from collegium.training.wording import ask, close_labels, wording_of
@@ -97,7 +98,7 @@ class Experts:
             else:
                 model = PeftModel.from_pretrained(model, str(folder), domain).eval()
         self.model = model
-        self.scorer = Scorer(model, ChatEncoder(tokenizer), int(tokenizer.eos_token_id))
+        self.scorer = Scorer(TorchAnswerer(model, int(tokenizer.eos_token_id)), ChatEncoder(tokenizer))
 
     def score(self, rows: Sequence[Example], domain: str | None) -> dict[str, RowScores]:
         """Row id -> metrics, with the expert of `domain`, or with the base model."""
