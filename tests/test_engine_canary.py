@@ -30,7 +30,8 @@ from collegium.schema import Canary, Card, Lora, Sampling, card_from_dict, card_
 from collegium.settings import Settings
 from collegium.tests.engine_doubles import Doubled, collect, is_idle, open_decoder, until
 from collegium.tests.engine_models import tiny_lm
-from collegium.training.register import NewDomain, register
+from collegium.training.domain import NewDomain
+from collegium.training.register import register
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -257,6 +257,22 @@ def test_min_p_and_min_tokens_reach_the_answer(engine: Engine) -> None:
     assert len(found.tokens) == 12 or (found.reason == "stop" and len(found.tokens) >= 5)
 
 
+def test_vocabularies_may_be_padded_to_different_sizes(
+    folders: Mapping[str, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    wide = tiny_lm(tmp_path / "wide", vocab_size=VOCAB + 15, seed=9)
+    models = {"base": open_decoder(wide, "float32"), "small": open_decoder(folders["small"], "float32")}
+    engine = Engine(models, tokenizer)
+    rows = Row(TOKENS[:9]), Row(TOKENS[:9], None, "small"), Row(TOKENS[:9], None, "small")
+    first, second = (reference(folder)(TOKENS[:9])[-1][:VOCAB] for folder in (wide, folders["small"]))
+    answer = collect(engine.submit(Request(rows, LogitArithmetic(1.0), ONE)))
+    assert answer.tokens == (int(first.argmax()),)
+    mixed = collect(engine.submit(Request(rows[:2], ProbabilityMixture((0.5, 0.5)), ONE)))
+    raised = [np.exp(one - one.max()) for one in (first, second)]
+    assert mixed.tokens == (int(sum(one / one.sum() for one in raised).argmax()),)
+    engine.close()
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_remote_row_gives_what_a_local_one_gives(
     folders: Mapping[str, Path], law: Adapter, tokenizer: PreTrainedTokenizerFast, precision: Precision

@@ -13,8 +13,11 @@ import httpx
 import numpy as np
 import pytest
 
-from collegium.errors import ArtifactCorrupt, InvalidRequest, UnsupportedModel
+from collegium.errors import ArtifactCorrupt, InvalidRequest, ModelUnavailable, UnsupportedModel
 from collegium.experts.engine.batch import Floats
+from collegium.experts.engine.dense import DenseDecoder
+from collegium.experts.engine.engine import Engine
+from collegium.experts.engine.int8 import Int8Decoder
 from collegium.experts.home import Home
 from collegium.experts.kinds import Expert, Host, LocalExpert, load_adapter, open_expert
 from collegium.experts.shrunk import Shrunk
@@ -136,6 +139,18 @@ def test_every_method_answers_the_same_beside_others(
     assert collect(expert.start(hot)) == collect(expert.start(hot))
 
 
+def test_a_prompt_fits_beside_the_other_rows_of_its_model(
+    host: Host, law: str, large: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "room", lambda self, model="base", rows=1: 240 // rows)
+    turns = [Message(role, "explain the contract " * 5) for role in ("user", "assistant")] * 5
+    asked = replace(ASKED, messages=(*turns, *ASKED.messages))
+    alone, beside = (open_expert(card(law, host, large=one), host).start(asked) for one in (large, "base"))
+    assert 120 < alone.prompt_tokens <= 240 - TOKENS
+    assert beside.prompt_tokens <= 80 - TOKENS
+    assert len(collect(alone).tokens) == len(collect(beside).tokens) == TOKENS
+
+
 def test_it_streams_and_is_cancelled(host: Host, law: str, large: str) -> None:
     expert = open_expert(card(law, host, large=large), host)
     generation = expert.start(replace(ASKED, sampling=Sampling(max_tokens=300)))
@@ -169,6 +184,43 @@ def test_a_model_that_is_not_the_measured_one_is_refused(host: Host, law: str, t
     spec = Proxy(law, 4, large=str(tiny_base), identities={str(tiny_base): "Llama:another"})
     with pytest.raises(ArtifactCorrupt, match="was Llama:another where"):
         open_expert(Card("steered", "", spec, host.base), host)
+
+
+def test_nor_is_one_that_another_card_has_opened(host: Host, law: str, tiny_base: Path, tmp_path: Path) -> None:
+    copy = str(shutil.copytree(tiny_base, tmp_path / "copy"))
+    open_expert(card(law, host, large=copy), host)
+    spec = Proxy(law, 4, large=copy, identities={copy: "Llama:another"})
+    with pytest.raises(ArtifactCorrupt, match="was Llama:another where"):
+        open_expert(Card("steered", "", spec, host.base), host)
+
+
+def test_a_model_that_comes_after_the_end_is_freed(
+    fresh_settings: Settings, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = str(shutil.copytree(tiny_base, tmp_path / "copy"))
+    closed: list[object] = []
+    with Collegium.open(fresh_settings) as opened:
+        models = opened._serving.snapshot().host.models
+    for decoder in (Int8Decoder, DenseDecoder):
+        monkeypatch.setattr(decoder, "close", lambda self: closed.append(type(self)))
+    with pytest.raises(ModelUnavailable, match="engine is closed"):
+        models.open(copy)
+    assert len(closed) == 1
+
+
+def test_a_model_that_is_missing_is_not_looked_for_at_every_request(
+    host: Host, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = tmp_path / "late"
+    late.mkdir()
+    with pytest.raises(ModelUnavailable, match="no safetensors") as first:
+        host.models.open(str(late))
+    shutil.copytree(tiny_base, late, dirs_exist_ok=True)
+    with pytest.raises(ModelUnavailable, match="no safetensors") as again:
+        host.models.open(str(late))
+    assert (str(first.value), first.type) == (str(again.value), again.type)
+    monkeypatch.setattr("collegium.experts.pool.AGAIN", 0.0)
+    assert host.models.open(str(late)).name == str(late)
 
 
 def test_a_card_keeps_its_combination_and_its_artifacts(host: Host, law: str, large: str) -> None:

@@ -14,20 +14,14 @@ import numpy as np
 import pytest
 
 from collegium.errors import InvalidRequest, RemoteUnavailable, UnsupportedModel
-from collegium.experts.artifacts import ArtifactStore
-from collegium.experts.engine.load import open_engine
 from collegium.experts.engine.tail import completed, total_variation
 from collegium.experts.kinds import Expert, Host, open_expert
-from collegium.experts.pool import ModelPool
 from collegium.experts.remote.demonstrations import store
 from collegium.experts.remote.expert import find_capabilities
-from collegium.models.cache import CachedModel, ModelCache
-from collegium.models.chat import ChatEncoder
-from collegium.models.load import load_tokenizer
+from collegium.models.cache import CachedModel
 from collegium.schema import Base, Card, Combination, Evidence, ExpertRequest, Message, Paid, Proxy, Remote, Sampling
-from collegium.settings import Settings
 from collegium.tests.engine_doubles import Answer, collect, until
-from collegium.tests.engine_models import reference
+from collegium.tests.engine_models import hosting, reference
 from collegium.tests.remote_server import Model, RemoteServer, serving
 
 TOKENS = 10
@@ -68,23 +62,9 @@ def servers(models: Mapping[str, Model]) -> Iterator[dict[str, RemoteServer]]:
 
 @pytest.fixture(scope="module")
 def host(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    model = CachedModel("tiny", tiny_base, "LlamaForCausalLM", "tiny")
-    tokenizer = load_tokenizer(model)
-    settings = Settings(
-        device="cpu",
-        precision="float32",
-        threads=1,
-        kv_cache_mb=16,
-        max_prompt_tokens=400,
-        remote_retries=0,
-        remote_timeout=5,
-        remote_draft=0,
-    )
-    engine = open_engine(model, settings, tokenizer)
-    artifacts, cache = ArtifactStore(tmp_path_factory.mktemp("store")), ModelCache(tmp_path_factory.mktemp("models"))
-    pool = ModelPool(engine, model, tokenizer, cache, artifacts, settings)
-    yield Host(engine, ChatEncoder(tokenizer), artifacts, "tiny", pool, settings)
-    engine.close()
+    model, folder = CachedModel("tiny", tiny_base, "LlamaForCausalLM", "tiny"), tmp_path_factory.mktemp("host")
+    with hosting(model, folder, remote_retries=0, remote_timeout=5, remote_draft=0) as opened:
+        yield opened
 
 
 def changed(host: Host, **settings: Any) -> Host:
@@ -206,10 +186,12 @@ def test_drafts_save_requests_and_change_nothing(
             assert paid.accepted > TOKENS / 2
 
 
+@pytest.mark.parametrize("top", [100_000, 5])
 def test_drafts_are_exact_where_the_small_expert_is_often_wrong(
-    host: Host, servers: Mapping[str, RemoteServer], remote: Callable[..., Expert]
+    host: Host, servers: Mapping[str, RemoteServer], remote: Callable[..., Expert], top: int
 ) -> None:
-    with servers["large"].acting(prompt="field") as server:
+    """Of a drafted token the server tells the log-probability also where it is not among the likeliest: that may not count."""
+    with servers["large"].acting(prompt="field", top=top) as server:
         plain, _, singly = answered(remote(host, server), replace(SEEDED, alpha=0.3))
         drafted, _, paid = answered(remote(changed(host, remote_draft=8), server), replace(SEEDED, alpha=0.3))
     assert drafted.tokens == plain.tokens
@@ -220,7 +202,7 @@ def test_drafts_are_exact_where_the_small_expert_is_often_wrong(
 def test_a_draft_that_takes_too_long_is_the_last(
     host: Host, servers: Mapping[str, RemoteServer], remote: Callable[..., Expert], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("collegium.experts.remote.drafting.PATIENCE", 0.0)
+    monkeypatch.setattr("collegium.experts.remote.drafting.PATIENCE", -1.0)
     with servers["base"].acting(prompt="field") as server:
         answer, _, paid = answered(remote(changed(host, remote_draft=8), server))
     assert answer.error is None
@@ -465,6 +447,11 @@ def test_a_server_that_is_not_there_is_an_error_with_a_hint(host: Host, remote: 
         ("ftp://127.0.0.1/v1", "http://"),
         ("http://me:secret@127.0.0.1/v1", "key_env"),
         ("http://127.0.0.1/v1?key=secret", "http://"),
+        ("http:me:secret@127.0.0.1/v1", "http://"),
+        ("http://[::1/v1", "cannot be read"),
+        ("http://me:secret@127.0.0.1:secret/v1", "cannot be read"),
+        ("http://127.0.0.1:99999/v1", "cannot be read"),
+        ("http://127.0.0.1\n/v1", "cannot be read"),
     ],
 )
 def test_other_hosts_and_addresses_are_refused(host: Host, remote: Callable[..., Expert], url: str, names: str) -> None:
@@ -505,7 +492,45 @@ def test_a_key_goes_to_the_server_and_nowhere_else(
         answer, _, _ = answered(expert)
         assert "key_env" in str(answer.error)
         assert "***" in str(answer.error)
+        monkeypatch.setenv("TINY_KEY", "sesame-4711\n")
+        assert answered(expert)[0].error is None
+        for key in ("sesame\n4711", "sesame-é"):
+            monkeypatch.setenv("TINY_KEY", key)
+            answer, _, _ = answered(expert)
+            assert "TINY_KEY" in str(answer.error)
     assert "sesame" not in f"{answer.error!r} {answer.error} {vars(expert)!r} {caplog.text}"
+
+
+@pytest.mark.parametrize(
+    ("choice", "mode"),
+    [
+        ({"text": "a", "logprobs": [1]}, "remote-text"),
+        ({"text": "a", "logprobs": {"top_logprobs": 5}}, "remote-text"),
+        (None, "remote-text"),
+        ({"text": "a", "logprobs": {"top_logprobs": [{"a": "likely"}]}}, None),
+    ],
+)
+def test_replies_of_another_shape_are_no_bug_of_ours(
+    host: Host,
+    servers: Mapping[str, RemoteServer],
+    remote: Callable[..., Expert],
+    choice: Any,
+    mode: str | None,
+) -> None:
+    with servers["large"].acting() as server:
+        server.can.odd = {"choices": [choice], "usage": "much"}
+        expert = remote(host, server)
+        answer, found, _ = answered(expert)
+        if mode:
+            assert (answer.error, found) == (None, mode)
+        else:
+            assert isinstance(answer.error, RemoteUnavailable)
+            assert "cannot be read" in str(answer.error)
+        server.can.odd = {}
+        known = remote(changed(host, remote_failure="expert"), server)
+        answered(known)
+        server.can.odd = {"choices": [choice], "usage": "much"}
+        assert isinstance(answered(known)[0].error, RemoteUnavailable if mode is None else type(None))
 
 
 class Stranger(Model):
@@ -569,12 +594,12 @@ def test_a_slow_server_keeps_nobody_waiting(
         expert = remote(host, server)
         expected, _, _ = answered(expert)
         server.can.delay = 0.1
-        running = [expert.start(ASKED) for _ in range(4)]
+        running = [expert.start(ASKED) for _ in range(12)]  # more rows than there are
         until(lambda: server.active > 1)
         before = time.monotonic()
         local = collect(open_expert(Card("base", "", Base(), "tiny"), host).start(ASKED))
         assert time.monotonic() - before < 0.1 * TOKENS / 2
         assert len(local.tokens) > 0
         server.can.delay = 0
-        assert [collect(one).tokens for one in running] == [expected.tokens] * 4
+        assert [collect(one).tokens for one in running] == [expected.tokens] * 12
         assert server.most_active > 1

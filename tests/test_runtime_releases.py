@@ -21,7 +21,7 @@ from collegium.models.cache import ModelCache
 from collegium.models.encoder import Encoder
 from collegium.retrieval import Document, build_index, chunk
 from collegium.runtime import Collegium
-from collegium.schema import Card, Lora, Message, Sampling
+from collegium.schema import Card, Combination, Lora, Message, Plugin, Proxy, Remote, Sampling, Spec
 from collegium.settings import Settings
 
 MakeSettings = Callable[..., Settings]
@@ -71,6 +71,39 @@ def test_a_damaged_adapter_is_never_served(
     assert reply.text == collegium.chat(prompts["law"], expert="base").text
     assert adapter in caplog.text
     assert "law" in caplog.text
+
+
+UNABLE: dict[str, tuple[Callable[[str], Spec], str]] = {
+    "no such model": (lambda law: Proxy(law, 4, large="/nowhere/large"), "not the name"),
+    "empty model": (lambda law: Proxy(law, 4, large=str(Path(__file__).parent)), "no safetensors"),
+    "lost artifact": (lambda law: Proxy(law, 4, small=f"artifact:{'0' * 64}"), "missing"),
+    "wrong method": (lambda law: Proxy(law, 4, combination=Combination("comblm", weights=(1.0,))), "weights are"),
+    "strange host": (lambda law: Remote("https://example.com/v1", "large", law, 4), "remote_hosts"),
+    "no address": (lambda law: Remote("http://[::1", "large", law, 4), "cannot be read"),
+    "no plug-in": (lambda law: Plugin("elsewhere"), "unknown kind"),
+}
+
+
+@pytest.mark.parametrize(("spec", "why"), UNABLE.values(), ids=UNABLE)
+@pytest.mark.parametrize("policy", ["top1", "mixture"])
+def test_an_expert_that_cannot_be_opened_degrades(
+    spec: Callable[[str], Spec],
+    why: str,
+    policy: str,
+    make_settings: MakeSettings,
+    tmp_path: Path,
+    prompts: Mapping[str, str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = make_settings(tmp_path / "home", policy=policy)
+    with Collegium.open(settings) as opened, somebody_else(settings) as home, caplog.at_level(logging.ERROR):
+        law = home.cards(home.release())["law"]
+        unable = replace(law, spec=spec(adapter_of(law)))
+        home.registry.publish(cards=[unable], aliases={"law": unable.version}, note="cannot be opened here")
+        reply = opened.chat(prompts["law"], sampling=Sampling(max_tokens=2))
+        assert opened.chat(prompts["code"], sampling=Sampling(max_tokens=2)).decision.expert == "code"
+    assert (reply.decision.domain, reply.decision.reason, reply.mode) == ("law", "degraded", "base")
+    assert why in caplog.text
 
 
 @pytest.mark.parametrize("place", [0, 1])

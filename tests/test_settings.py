@@ -97,6 +97,7 @@ def test_what_other_parts_read_from_the_environment_is_no_setting() -> None:
         ("encoder_precision", "int4"),
         ("log_decisions", "perhaps"),
         ("log_days", 0),
+        ("remote_hosts", 5),
         ("fetch_timeout", 0),
     ],
 )
@@ -105,6 +106,15 @@ def test_a_wrong_value_is_shown_with_its_setting(name: str, value: Any) -> None:
         Settings.load({}, **{name: value})
     assert caught.value.hint
     assert name in caught.value.hint
+
+
+@pytest.mark.parametrize("value", ["gpu.example.com, [::1],GPU2", ["gpu.example.com", "::1", "gpu2"]])
+def test_hosts_are_a_list_or_a_text_with_commas(value: Any) -> None:
+    expected = ("gpu.example.com", "::1", "gpu2")
+    assert Settings.load({}, remote_hosts=value).remote_hosts == expected
+    if isinstance(value, str):
+        assert Settings.load({"COLLEGIUM_REMOTE_HOSTS": value}).remote_hosts == expected
+        assert Settings.load({"COLLEGIUM_REMOTE_HOSTS": ""}).remote_hosts == ()
 
 
 def test_every_wrong_value_is_named_at_once() -> None:

@@ -120,7 +120,9 @@ class Answering:
 
     def advance(self) -> FinishReason | None:
         """Draw a token and hand it over; why the answer ends, if it does."""
-        logits = self.request.combiner([row.logits for row in self._rows], self._generated)
+        # Models of one family pad their vocabularies to different sizes; no token lies in what is cut off here.
+        width = min(row.model.decoder.shape.vocab for row in self._local)
+        logits = self.request.combiner([row.logits[:width] for row in self._rows], self._generated)
         token = self._source.draw(logits)
         if token.id == self._end:
             return "stop"

@@ -72,8 +72,12 @@ class Engine:
         return self.submit(Request((Row(prompt, adapter),), sampling=sampling, seed=seed, deadline=deadline))
 
     def add(self, name: str, decoder: Decoder) -> None:
-        """Have rows run on one more model. Raises InvalidRequest where one has this name."""
+        """Have rows run on one more model, which is freed with the others.
+
+        Raises InvalidRequest where one has this name, ModelUnavailable where the engine is closed; it stays the caller's then.
+        """
         with self._wake:
+            self._check_open()
             if name in self._models:
                 raise InvalidRequest(f"A model is named {name!r} already.")
             self._models = {**self._models, name: Model(decoder)}  # the thread goes through the one that it began with
@@ -93,8 +97,7 @@ class Engine:
         generation = Generation(len(request.local[0].prompt), self._notify)
         answering = Answering(request, generation, self._tokenizer, self._notify)
         with self._wake:
-            if self._closed:
-                raise ModelUnavailable("The engine is closed.", hint="Open Collegium again.")
+            self._check_open()
             if len(self._waiting) >= self._max_queue + self._free_rows():
                 raise Overloaded(
                     f"{len(self._waiting)} requests are waiting already.", hint="Try again in a few seconds."
@@ -118,6 +121,10 @@ class Engine:
             self._wake.notify()
         if threading.current_thread() is not self._thread:  # a listener may close, too
             self._thread.join()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ModelUnavailable("The engine is closed.", hint="Open Collegium again.")
 
     def _check(self, request: Request) -> None:
         request.check(self._max_rows)
@@ -153,7 +160,7 @@ class Engine:
         return True
 
     def _has_work(self) -> bool:
-        if any(one.active for one in self._running) or (self._waiting and not self._stuck):
+        if any(one.active for one in self._running) or (not self._stuck and self._first()):
             return True
         return any(one.over for one in (*self._running, *self._waiting))
 
@@ -176,24 +183,33 @@ class Engine:
             self._leave(answering, "cancelled")
 
     def _admit(self) -> None:
-        """Start what waits, first come, first served, up to the first that finds no room."""
+        """Start what waits, up to the first that finds no room."""
         begun = time.monotonic()
-        while self._waiting and not self._stuck and time.monotonic() - begun < ADMISSION:
-            answering = self._waiting[0]
+        while not self._stuck and time.monotonic() - begun < ADMISSION:
+            with self._wake:
+                answering = self._first()
+            if answering is None:
+                return
             try:
                 fits = len(answering.request.rows) <= self._free_rows()
                 self._stuck = not (fits and answering.start(self._models))
             except Exception as error:  # the edge of the thread: the engine goes on
-                self._refuse(_as_error(error))
+                with self._wake:
+                    self._waiting.remove(answering)
+                answering.generation.put(_as_error(error))
                 continue
             if not self._stuck:
                 with self._wake:
-                    self._running.append(self._waiting.popleft())
+                    self._waiting.remove(answering)
+                    self._running.append(answering)
 
-    def _refuse(self, error: CollegiumError) -> None:
-        with self._wake:
-            answering = self._waiting.popleft()
-        answering.generation.put(error)
+    def _first(self) -> Answering | None:
+        """Who comes next: the first that came, but those that lean on servers keep to half of the rows and let others pass."""
+        remote = sum(len(one.request.rows) for one in self._running if one.request.remote)
+        for one in self._waiting:
+            if not (one.request.remote and remote and remote + len(one.request.rows) > self._max_rows // 2):
+                return one
+        return None
 
     def _compute(self) -> None:
         """One pass through each model that has rows to compute. Where it fails, the requests in it fail, and no others."""

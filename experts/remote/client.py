@@ -56,8 +56,8 @@ class RemoteClient:
 
         async def once() -> Body:
             response = await connections().send(self._request(path, body))
-            _check(response, response.text)
-            return _parsed(response.text)
+            _check(response)
+            return _parsed(response, response.text)
 
         reply = await self._insist(once, spent)
         spent.take(reply)
@@ -72,8 +72,8 @@ class RemoteClient:
         async def once() -> Body | None:
             response = await connections().send(self._request(path, body))
             if response.status_code in _SAYS_NOTHING:
-                _check(response, response.text)
-            return _parsed(response.text) if response.status_code == _OK else None
+                _check(response)
+            return _parsed(response, response.text) if response.status_code == _OK else None
 
         reply = await self._insist(once, spent)
         spent.take(reply)
@@ -89,7 +89,7 @@ class RemoteClient:
                     await response.aread()
                 finally:
                     await response.aclose()
-                _check(response, response.text)
+                _check(response)
             return response
 
         response = await self._insist(begin, spent)
@@ -102,7 +102,7 @@ class RemoteClient:
                         continue
                     if data.strip() == "[DONE]":
                         return
-                    event = _parsed(data)
+                    event = _parsed(response, data)
                     last = event if event.get("usage") else last  # some servers count on in each event
                     yield event
         except Failed as failed:
@@ -112,10 +112,11 @@ class RemoteClient:
             await response.aclose()
 
     def _request(self, path: str, body: Mapping[str, Any]) -> httpx.Request:
-        key = os.environ.get(self.key_env, "") if self.key_env else ""
-        if self.key_env and not key:
+        key = os.environ.get(self.key_env, "").strip() if self.key_env else ""  # files of keys end in a newline
+        if self.key_env and not (key and key.isascii() and key.isprintable()):  # an error of httpx would show the key
             raise RemoteUnavailable(
-                f"The key for {self.url} is missing.", hint=f"Set the environment variable {self.key_env}."
+                f"The key for {self.url} is missing, or is not plain text.",
+                hint=f"Set the environment variable {self.key_env}.",
             )
         root = self.url.rstrip("/").removesuffix("/v1")
         return connections().build_request(
@@ -158,10 +159,16 @@ class RemoteClient:
 
 def check_address(url: str, settings: Settings) -> None:
     """Raises InvalidRequest where experts may not be sent there."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        readable = url.isprintable() and parts.port != 0  # a port that is none raises
+    except ValueError:
+        readable = False
+    if not readable:  # it is not shown: it may hold a password
+        raise InvalidRequest("The address of the server cannot be read.", hint="Write http://host:port/v1.")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise InvalidRequest(
-            f"{parts.hostname or url!r} is not the address of a server.", hint="Begin with http:// or https://."
+            f"{parts.hostname or 'This'} is not the address of a server.", hint="Begin with http:// or https://."
         )
     if parts.username or parts.password:
         raise InvalidRequest(
@@ -193,14 +200,31 @@ def _error(message: str) -> RemoteUnavailable:
     return RemoteUnavailable(message, hint="See whether the server runs, or try again in a while.")
 
 
-def _check(response: httpx.Response, text: str) -> None:
-    """Raises what a status other than 200 means. The server's own words are shown, without the key that some repeat."""
+@contextlib.contextmanager
+def understood(url: str) -> Iterator[None]:
+    """Around what reads a reply: one of another shape than it should have becomes RemoteUnavailable."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise RemoteUnavailable(
+            f"{url} answers what cannot be read: {type(error).__name__}: {error}.",
+            hint="See whether it speaks OpenAI's API, or take the mode text.",
+        ) from error
+
+
+def _said(response: httpx.Response, text: str) -> str:
+    """The server's own words, as an error shows them: without the key, which some repeat."""
+    key = response.request.headers.get("authorization", "").removeprefix("Bearer ")
+    words = text.replace(key, "***") if key else text
+    return " ".join(words.split())[:_SHOWN]
+
+
+def _check(response: httpx.Response) -> None:
+    """Raises what a status other than 200 means."""
     status, url = response.status_code, str(response.request.url)
     if status == _OK:
         return
-    key = response.request.headers.get("authorization", "").removeprefix("Bearer ")
-    words = text.replace(key, "***") if key else text
-    said = f"{url} answers {status}: {' '.join(words.split())[:_SHOWN]}"
+    said = f"{url} answers {status}: {_said(response, response.text)}"
     if status == _MANY:
         raise Failed(_error(said), pause=_pause(response))
     if status >= _SERVER:
@@ -222,14 +246,14 @@ def _pause(response: httpx.Response) -> float | None:
         return None
 
 
-def _parsed(text: str) -> Body:
+def _parsed(response: httpx.Response, text: str) -> Body:
     try:
         body = json.loads(text)
     except ValueError:
         body = None
     if not isinstance(body, dict):
-        raise Failed(_error(f"The server answers what is no JSON object: {text[:_SHOWN]!r}."))
+        raise Failed(_error(f"The server answers what is no JSON object: {_said(response, text)!r}."))
     error = body.get("error")
     if error:
-        raise Failed(_error(f"The server breaks off: {str(error)[:_SHOWN]}"), counts=True)
+        raise Failed(_error(f"The server breaks off: {_said(response, str(error))}"), counts=True)
     return body

@@ -48,11 +48,16 @@ class Spent:
 
     def take(self, reply: Mapping[str, Any] | None) -> None:
         """What a server says it has read and written, in OpenAI's words or llama.cpp's."""
-        usage = (reply or {}).get("usage") or reply or {}
-        self.prompt_tokens += int(usage.get("prompt_tokens") or usage.get("tokens_evaluated") or 0)
-        self.completion_tokens += int(usage.get("completion_tokens") or usage.get("tokens_predicted") or 0)
+        usage = (reply or {}).get("usage")
+        said = usage if isinstance(usage, Mapping) else reply or {}
+        self.prompt_tokens += _count(said.get("prompt_tokens") or said.get("tokens_evaluated"))
+        self.completion_tokens += _count(said.get("completion_tokens") or said.get("tokens_predicted"))
 
     @property
     def paid(self) -> Paid:
         """As the reply has it."""
         return Paid(self.calls, self.prompt_tokens, self.completion_tokens, self.drafted, self.accepted)
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) else 0

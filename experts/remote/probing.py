@@ -11,7 +11,7 @@ import numpy as np
 from ...errors import RemoteUnavailable, UnsupportedModel
 from ..engine.batch import Floats
 from .capabilities import Capabilities
-from .client import Body, RemoteClient
+from .client import Body, RemoteClient, understood
 from .failures import Spent
 from .vocabulary import ID, Vocabulary
 from .wire import CHAT, COMPLETIONS, NATIVE, body, drawn, named, places, prompt_tokens
@@ -39,6 +39,10 @@ class Probe:
 
         Raises UnsupportedModel where its tokens are not those of the models here, RemoteUnavailable where it fails.
         """
+        with understood(self._client.url):
+            return await self._found()
+
+    async def _found(self) -> Capabilities:
         message = {"role": "user", "content": "Hello."}
         chat = await self._ask(CHAT, {"messages": [message], "max_tokens": 1}) is not None
         found = Capabilities(chat=chat)

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import numpy as np
+
 from ...errors import CollegiumError, InvalidRequest, RemoteUnavailable
 from ..engine.batch import Floats
 from .background import spawn
 from .capabilities import Capabilities
-from .client import RemoteClient
+from .client import RemoteClient, understood
 from .drafting import Drafter
 from .failures import Spent
 from .vocabulary import ID, Vocabulary
@@ -53,7 +55,9 @@ class BlackBox:
             told = [{f"{ID}{self.vocabulary.end}": 0.0}]  # all that it says is that the answer ends
         if len(told) <= drafted:
             raise InvalidRequest(f"{self.client.url} answers without log-probabilities.", hint="Take the mode text.")
-        return [self.vocabulary.row(named(place)) for place in told[-drafted - 1 :]]
+        with understood(self.client.url):
+            rows = [self.vocabulary.row(named(place)) for place in told[-drafted - 1 :]]
+        return rows if self.can.whole else [_likeliest(row, self.can.top_k) for row in rows]
 
     def prompt(self, tokens: Sequence[int]) -> str | Sequence[int] | None:
         """How these tokens are sent; None where they cannot be."""
@@ -62,6 +66,13 @@ class BlackBox:
         if self.can.begins:  # the server writes it
             return self.vocabulary.text(tokens[1:]) if tokens[0] == self.vocabulary.begin else None
         return self.vocabulary.text(tokens)
+
+
+def _likeliest(row: Floats, count: int) -> Floats:
+    """`row` with -inf for all but the likeliest: of a token that was sent, or drawn, servers tell what is not among them too."""
+    known = min(count, len(row))
+    told: Floats = np.where(row < np.partition(row, -known)[-known], np.float32(-np.inf), row)
+    return told
 
 
 class BlackBoxRow:

@@ -16,7 +16,7 @@ from ...errors import ContextTooLong, RemoteUnavailable
 from ...schema import Delta, ExpertRequest, FinishReason, Message, Sampling
 from ..engine.request import Request
 from ..proxy import Pair
-from .client import RemoteClient
+from .client import RemoteClient, understood
 from .demonstrations import Demonstrations
 from .failures import Spent
 from .listening import deltas
@@ -86,11 +86,13 @@ async def chat(
     reason: FinishReason | None = None
     async with contextlib.aclosing(client.stream(CHAT, body | _options(request), spent)) as events:
         async for event in events:
-            for choice in event.get("choices") or ():
-                if text := (choice.get("delta") or {}).get("content"):
-                    yield Delta(str(text))
-                if why := choice.get("finish_reason"):
-                    reason = "length" if why == "length" else "stop"
+            with understood(client.url):
+                choice = (event.get("choices") or [{}])[0]
+                text, why = (choice.get("delta") or {}).get("content"), choice.get("finish_reason")
+            if text:
+                yield Delta(str(text))
+            if why:
+                reason = "length" if why == "length" else "stop"
     if reason is None:
         raise RemoteUnavailable(f"{client.url} broke off.", hint="See whether the server runs.")
     yield Delta("", finish_reason=reason)

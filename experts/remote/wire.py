@@ -41,19 +41,20 @@ def body(
 def places(reply: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """What a reply has of each place in the order of the text, for `named`; the last one follows the prompt's last token.
 
-    Empty where the reply has none: the server draws the end, or does not do this.
+    Empty where the reply has none: the server draws the end, does not do this, or has a shape of its own for it.
     """
     if "completion_probabilities" in reply:
-        return list(reply["completion_probabilities"] or ())
-    choice = (reply.get("choices") or [{}])[0]
-    logprobs = choice.get("logprobs") or {}
-    before = choice.get("prompt_logprobs") or ()
+        return _mappings(reply["completion_probabilities"])
+    choice = _choice(reply)
+    logprobs = choice.get("logprobs")
+    if not isinstance(logprobs, Mapping):
+        logprobs = {}
     after = logprobs["content"] if "content" in logprobs else logprobs.get("top_logprobs")
-    return [place for place in (*before, *(after or ())) if place]
+    return [*_mappings(choice.get("prompt_logprobs")), *_mappings(after)]
 
 
 def named(place: Mapping[str, Any]) -> Named:
-    """The tokens of a place, by id where it has them."""
+    """The tokens of a place, by id where it has them. Raises LookupError, TypeError or ValueError for another shape."""
     if isinstance(olds := place.get("probs"), list):  # llama.cpp until the end of 2024
         return [(one["tok_str"], math.log(one["prob"])) for one in olds if one["prob"] > 0]
     if isinstance(tops := place.get("top_logprobs"), list):  # llama.cpp since, and as chats have it
@@ -66,7 +67,7 @@ def named(place: Mapping[str, Any]) -> Named:
 
 def ended(reply: Mapping[str, Any]) -> bool:
     """Whether the server drew the end, and nothing before it."""
-    choice = (reply.get("choices") or [{}])[0]
+    choice = _choice(reply)
     stopped = (
         choice.get("finish_reason") == "stop" or reply.get("stop_type") == "eos" or reply.get("stopped_eos") is True
     )
@@ -75,7 +76,7 @@ def ended(reply: Mapping[str, Any]) -> bool:
 
 def drawn(reply: Mapping[str, Any]) -> str:
     """The text that the server drew."""
-    choice = (reply.get("choices") or [{}])[0]
+    choice = _choice(reply)
     return str(choice.get("text") or reply.get("content") or "")
 
 
@@ -84,3 +85,14 @@ def prompt_tokens(reply: Mapping[str, Any]) -> int | None:
     usage = reply.get("usage")
     count = usage.get("prompt_tokens") if isinstance(usage, dict) else reply.get("tokens_evaluated")
     return count if isinstance(count, int) else None
+
+
+def _choice(reply: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The first, which is the only one; empty where there is none."""
+    choices = _mappings(reply.get("choices"))
+    return choices[0] if choices else {}
+
+
+def _mappings(values: Any) -> list[Mapping[str, Any]]:
+    """Those of a list that say something; none of what is no list."""
+    return [one for one in values if one and isinstance(one, Mapping)] if isinstance(values, list) else []
