@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .cli_models import shrink
-from .cli_proxy import proxy
 from .cli_router import decisions, router
-from .cli_shared import AsJson, Files, given, load_settings, open_home, parse_options, reporting
+from .cli_shared import AsJson, given, load_settings, open_home, reporting
+from .cli_training import proxy, train
 
 if TYPE_CHECKING:
     from .models.fetch import Progress
@@ -135,53 +135,19 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
 ) -> None:
     """Serve the OpenAI-compatible endpoint."""
+    from .schema import Proxy, Remote
     from .service import run
 
     settings = load_settings(host=host, port=port)
     with open_home(settings) as home, reporting() as progress:  # the first time, show that models are being fetched
-        for model in (settings.encoder, settings.base_model):
+        cards = home.cards(home.release()).values()
+        steered = [name for card in cards if isinstance(card.spec, Proxy | Remote) for name in card.spec.identities]
+        for model in (settings.encoder, settings.base_model, *steered):
             home.models.get(model, progress)
     run(settings)
 
 
-@app.command()
-def train(
-    name: Annotated[str, typer.Argument(help="Name of the expert.")],
-    examples: Files,
-    domain: Annotated[str, typer.Option(help="Domain that it answers for; by default its name.")] = "",
-    description: Annotated[str, typer.Option(help="What it knows, in a sentence.")] = "",
-    test: Annotated[list[Path] | None, typer.Option(help="Rows to measure with; else a tenth is held out.")] = None,
-    general: Annotated[list[Path] | None, typer.Option(help="General chat to mix in, same form.")] = None,
-    recipe: Annotated[str, typer.Option(help="How to train.")] = "lora-sft",
-    option: Annotated[list[str] | None, typer.Option(help="A recipe's option as NAME=VALUE; repeatable.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each examples file, at most.")] = None,
-    test_limit: Annotated[int, typer.Option(min=1, help="Rows of each test file, at most.")] = 100,
-    licence: Annotated[str, typer.Option(help="Licence of the data, for the card.")] = "",
-    force: Annotated[bool, typer.Option("--force", help="Register it even if it is not better.")] = False,
-) -> None:
-    """Train an expert, measure it against the base model, and register it if it is better."""
-    from .console import show_card
-    from .training.pipeline import Plan, train_expert
-
-    plan = Plan(
-        name=name,
-        examples=tuple(examples),
-        test=tuple(test or ()),
-        general=tuple(general or ()),
-        domain=domain or name,
-        description=description,
-        recipe=recipe,
-        options=parse_options(option or []),
-        licence=licence,
-        limit=limit,
-        test_limit=test_limit,
-    )
-    with open_home() as home, reporting() as progress:
-        card, verdict = train_expert(plan, home, force=force, progress=progress)
-    show_card(card)
-    typer.echo(f"{card.version} is live. It is {verdict}.")
-
-
+app.command()(train)
 app.command()(proxy)
 app.command()(shrink)
 
@@ -214,8 +180,9 @@ def add_expert(
     refit: Annotated[bool, typer.Option(help="Refit the router's head where the domain is new to it.")] = True,
 ) -> None:
     """Make a domain live at once: an index over its documents and a router class, on the base model or a given adapter."""
+    from .training.domain import NewDomain, read_prompts
     from .training.fit_router import refit as refit_head
-    from .training.register import NewDomain, read_prompts, register
+    from .training.register import register
 
     prompts = read_prompts(examples or [])
     domain = NewDomain(name, description, tuple(docs or ()), prompts)

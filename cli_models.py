@@ -20,7 +20,8 @@ def shrink(
     text: Text,
     layers: Annotated[int, typer.Option(min=1, help="Layers to keep.")],
     model: Annotated[
-        str | None, typer.Argument(help="hf:org/name, pypi:package==version/path, or a folder; else the base model.")
+        str | None,
+        typer.Argument(help="Named as base_model, which must be it too where the result is used; by default that one."),
     ] = None,
     test: Annotated[list[Path] | None, typer.Option(help="Text to measure with; else some is held out.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Rows of each JSON lines file, at most.")] = None,

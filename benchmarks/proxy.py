@@ -32,9 +32,10 @@ from collegium.models.encoder import Encoder
 from collegium.schema import Combination
 from collegium.settings import Settings
 from collegium.training.answerer import EngineAnswerer
-from collegium.training.evaluate import Scorer, interval
-from collegium.training.fit_combination import Fitted, fit, record
+from collegium.training.evaluate import Scorer, answer_of, interval, prompt_of
+from collegium.training.fit_combination import Fitted, fit
 from collegium.training.recipes import Progress
+from collegium.training.record_answers import record
 
 SECTIONS = ("quality", "speed", "remote")
 OTHERS = "medquad"
@@ -120,8 +121,7 @@ def prepare(host: Host, task: str, rows: Rows, work: Path, progress: Progress) -
 def quality(contest: Contest, task: str, rows: Rows, encoder: Encoder) -> dict[str, Any]:
     """NLL, perplexity and the task's score of each contestant."""
     host, chat = contest.host, contest.host.chat
-    scorer = Scorer(contest.alone("large"), chat)
-    dev = [(scorer.prompt(row), [scorer.answer(row)]) for row in rows.dev]
+    dev = [(prompt_of(row, chat), [answer_of(row, chat)]) for row in rows.dev]
     fitted = fit(record(host.engine, contest.rows(("large", "tuned", "untuned")), dev))
     contestants = {
         "large": contest.alone("large"),
@@ -137,7 +137,7 @@ def quality(contest: Contest, task: str, rows: Rows, encoder: Encoder) -> dict[s
 
 def nlls(scorer: Scorer, rows: Rows) -> list[float]:
     """Negative log-likelihood a token of each test answer, in nats."""
-    questions = [(scorer.prompt(row), [scorer.answer(row)]) for row in rows.test]
+    questions = [(prompt_of(row, scorer.chat), [answer_of(row, scorer.chat)]) for row in rows.test]
     return [-float(np.mean(found[0])) for found in scorer.answerer.logprobs(questions)]
 
 
@@ -146,7 +146,7 @@ def score(scorer: Scorer, rows: Rows, encoder: Encoder) -> dict[str, list[float]
     results = scorer.score(rows.test)
     if "nll" not in results[0]:
         return {metric: [result[metric] for result in results] for metric in results[0]}
-    answers = scorer.answerer.generate([scorer.prompt(row) for row in rows.test], SEMSCORE_TOKENS)
+    answers = scorer.answerer.generate([prompt_of(row, scorer.chat) for row in rows.test], SEMSCORE_TOKENS)
     given = encoder.encode([scorer.chat.decode(answer) or " " for answer in answers])
     wanted = encoder.encode([row.answer for row in rows.test])
     return {"semscore": [float(one) for one in (given * wanted).sum(axis=1)]}

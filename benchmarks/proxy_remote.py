@@ -24,7 +24,7 @@ from collegium.models.cache import CachedModel
 from collegium.schema import Card, Combination, ExpertRequest, Message, Paid, Remote, Sampling
 from collegium.tests.remote_server import Model, serving
 from collegium.training.answerer import run_all
-from collegium.training.evaluate import Scorer
+from collegium.training.evaluate import answer_of, prompt_of
 from collegium.training.examples import Example
 from collegium.training.wording import ask
 
@@ -99,10 +99,10 @@ def _known(logits: Floats, top: int) -> Floats:
 
 def tail_error(contest: Contest, rows: Sequence[Example]) -> dict[str, Any]:
     """Mean total variation distance over the tokens of some answers."""
-    scorer = Scorer(contest.alone("large"), contest.host.chat)
+    chat = contest.host.chat
     make, errors = contest.rows(("large", "tuned", "untuned")), [_Error() for _ in rows]
     requests = [
-        Request(make(scorer.prompt(row)), error, forced=tuple(scorer.answer(row)[:ANSWER_TOKENS]))
+        Request(make(prompt_of(row, chat)), error, forced=tuple(answer_of(row, chat)[:ANSWER_TOKENS]))
         for row, error in zip(rows, errors, strict=True)
     ]
     for _ in run_all(contest.host.engine, requests):

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from collegium.experts.artifacts import ArtifactStore
 from collegium.experts.engine.batch import PAGE, Batch, Decoder, Floats
+from collegium.experts.engine.load import open_engine
+from collegium.experts.kinds import Host
+from collegium.experts.pool import ModelPool
+from collegium.models.cache import CachedModel, ModelCache
+from collegium.models.chat import ChatEncoder
+from collegium.models.load import load_tokenizer
+from collegium.settings import Settings
 
 VOCAB = 97
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, VOCAB, 37)]
@@ -54,6 +63,21 @@ def tiny_lora(folder: Path, base: Path, *, seed: int = 1, dtype: str = "float32"
                 weight.data = torch.nn.init.normal_(weight, std=0.3).to(getattr(torch, dtype))
     model.save_pretrained(str(folder))
     return folder
+
+
+@contextmanager
+def hosting(model: CachedModel, folder: Path, **settings: Any) -> Iterator[Host]:
+    """A host in float32 on a model, with what experts need in `folder`."""
+    common: dict[str, Any] = {"device": "cpu", "precision": "float32", "threads": 1}
+    known = Settings(**common | {"kv_cache_mb": 16, "max_prompt_tokens": 400} | settings)
+    tokenizer = load_tokenizer(model)
+    engine = open_engine(model, known, tokenizer)
+    store, cache = ArtifactStore(folder / "store"), ModelCache(folder / "models")
+    pool = ModelPool(engine, model, tokenizer, cache, store, known)
+    try:
+        yield Host(engine, ChatEncoder(tokenizer), store, model.identity, pool, known)
+    finally:
+        engine.close()
 
 
 def reference(base: Path, adapter: Path | None = None, *, dtype: str = "float32") -> Callable[[Sequence[int]], Floats]:

@@ -22,7 +22,7 @@ from collegium.router.rows import BACKGROUND, Rows
 from collegium.runtime import Collegium
 from collegium.settings import Settings
 from collegium.tests.encoder_models import tiny_encoder_of
-from collegium.training.register import store_router
+from collegium.training.domain import store_router
 from collegium.training.tune_encoder import Tuning
 
 DOMAINS = ("code", "health", "law", "math")

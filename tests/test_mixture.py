@@ -8,21 +8,15 @@ import numpy as np
 import pytest
 
 from collegium.errors import ContextTooLong, InvalidRequest
-from collegium.experts.artifacts import ArtifactStore
 from collegium.experts.engine.generation import Generation
-from collegium.experts.engine.load import open_engine
 from collegium.experts.engine.mixing import SHARE
 from collegium.experts.engine.slots import Adapter
 from collegium.experts.kinds import Expert, Host, LocalExpert
 from collegium.experts.mixture import mixture
-from collegium.experts.pool import ModelPool
-from collegium.models.cache import CachedModel, ModelCache
-from collegium.models.chat import ChatEncoder
-from collegium.models.load import load_tokenizer
+from collegium.models.cache import CachedModel
 from collegium.schema import ExpertRequest, Message, Sampling
-from collegium.settings import Settings
 from collegium.tests.engine_doubles import MARGIN, collect
-from collegium.tests.engine_models import reference
+from collegium.tests.engine_models import hosting, reference
 
 TOKENS = 8
 ASKED = ExpertRequest((Message("user", "explain the contract"),), "x", sampling=Sampling(max_tokens=TOKENS, logprobs=1))
@@ -32,13 +26,8 @@ SYSTEMS = {"law": "You know the law.", "code": None}
 @pytest.fixture(scope="module")
 def host(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     model = CachedModel("tiny", tiny_base, "LlamaForCausalLM", "tiny")
-    tokenizer = load_tokenizer(model)
-    settings = Settings(device="cpu", precision="float32", threads=1, kv_cache_mb=16, max_rows=3, max_prompt_tokens=400)
-    engine = open_engine(model, settings, tokenizer)
-    store, cache = ArtifactStore(tmp_path_factory.mktemp("store")), ModelCache(tmp_path_factory.mktemp("models"))
-    pool = ModelPool(engine, model, tokenizer, cache, store, settings)
-    yield Host(engine, ChatEncoder(tokenizer), store, "tiny", pool, settings)
-    engine.close()
+    with hosting(model, tmp_path_factory.mktemp("host"), max_rows=3) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +95,10 @@ def test_it_draws_as_the_request_says(host: Host, experts: Mapping[str, LocalExp
     both = mixture([(experts["law"], 0.6), (experts["code"], 0.4)], host)
     hot = replace(ASKED, sampling=replace(ASKED.sampling, temperature=1.5), seed=3)
     first, second = collect(both.start(hot)), collect(both.start(hot))
-    assert first == second
+    assert first.tokens == second.tokens
+    assert first.logprobs == pytest.approx(
+        second.logprobs, abs=1e-5
+    )  # where rows lie in memory tells in the last digit
     assert first.tokens != collect(both.start(replace(hot, seed=4))).tokens
     late = collect(both.start(replace(ASKED, deadline=0.0)))
     assert (late.reason, late.tokens) == ("cancelled", ())

@@ -18,7 +18,8 @@ from collegium.runtime import Collegium
 from collegium.schema import ARTIFACT, Card, Evidence, Lora, Proxy, Score
 from collegium.settings import Settings
 from collegium.tests.engine_models import tiny_lora
-from collegium.training.register import NewDomain, Pairing, read_prompts, register, unregister
+from collegium.training.domain import NewDomain, read_prompts
+from collegium.training.register import Pairing, register, unregister
 
 ASKED = "a river, a mountain, a guitar and a violin"
 BOOK = "The guitar and the violin.\n\nA river, a mountain: a guitar and a violin by the river.\n"

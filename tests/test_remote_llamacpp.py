@@ -16,20 +16,15 @@ import httpx
 import pytest
 
 from collegium.errors import ModelUnavailable
-from collegium.experts.artifacts import ArtifactStore
-from collegium.experts.engine.load import open_engine
-from collegium.experts.kinds import Host, open_expert
-from collegium.experts.pool import ModelPool
+from collegium.experts.kinds import open_expert
 from collegium.experts.remote.expert import find_capabilities
 from collegium.models.cache import CachedModel, ModelCache
-from collegium.models.chat import ChatEncoder
 from collegium.models.fetch import fetch
-from collegium.models.load import load_tokenizer
 from collegium.models.names import parse_name
 from collegium.schema import Card, Evidence, ExpertRequest, Message, Proxy, Remote, Sampling
-from collegium.settings import DEFAULT_BASE, Settings
+from collegium.settings import DEFAULT_BASE
 from collegium.tests.engine_doubles import collect
-from collegium.tests.engine_models import reference
+from collegium.tests.engine_models import hosting, reference
 from collegium.tests.test_models_convert import tiny_gguf  # noqa: F401
 
 pytestmark = pytest.mark.slow
@@ -66,19 +61,6 @@ def llama_server(gguf: Path) -> Iterator[str]:
             process.terminate()
 
 
-@contextmanager
-def hosting(model: CachedModel, tmp_path: Path) -> Iterator[Host]:
-    tokenizer = load_tokenizer(model)
-    settings = Settings(
-        device="cpu", precision="float32", threads=1, kv_cache_mb=64, max_prompt_tokens=400, remote_draft=0
-    )
-    engine = open_engine(model, settings, tokenizer)
-    store, cache = ArtifactStore(tmp_path / "store"), ModelCache(tmp_path / "models")
-    pool = ModelPool(engine, model, tokenizer, cache, store, settings)
-    yield Host(engine, ChatEncoder(tokenizer), store, model.identity, pool, settings)
-    engine.close()
-
-
 def test_a_tiny_float32_model_gives_the_tokens_of_the_proxy_in_process(
     tiny_gguf: Path,  # noqa: F811
     tiny_base: Path,
@@ -86,7 +68,7 @@ def test_a_tiny_float32_model_gives_the_tokens_of_the_proxy_in_process(
     tmp_path: Path,
 ) -> None:
     model = CachedModel("tiny", tiny_base, "LlamaForCausalLM", "tiny")
-    with hosting(model, tmp_path) as host, llama_server(tiny_gguf) as url:
+    with hosting(model, tmp_path, kv_cache_mb=64, remote_draft=0) as host, llama_server(tiny_gguf) as url:
         law = host.artifacts.put(adapters["law"])
         spec = Remote(url, "tiny", law, 4)
         found = find_capabilities(spec, host)
@@ -118,7 +100,10 @@ def test_the_default_model_mostly_agrees(real_home: Path, tmp_path: Path) -> Non
     shipped = Path(__file__).parent.parent / "shipped" / "artifacts"
     folder = sorted(path.parent for path in shipped.glob("*/adapter_model.safetensors"))[0]
     logits = reference(model.folder)
-    with hosting(model, tmp_path) as host, llama_server(next(gguf.glob("*.gguf"))) as url:
+    with (
+        hosting(model, tmp_path, kv_cache_mb=64, remote_draft=0) as host,
+        llama_server(next(gguf.glob("*.gguf"))) as url,
+    ):
         spec = Remote(url, "smollm2", host.artifacts.put(folder), 16)
         found = find_capabilities(spec, host)
         assert (found.completions, found.token_ids, found.begins) == (True, False, False)

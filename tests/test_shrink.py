@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import typer
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from collegium import cli_models
-from collegium.errors import ArtifactCorrupt, InvalidRequest
+from collegium.errors import ArtifactCorrupt, InvalidRequest, NoSpace, UnsupportedModel
 from collegium.experts.adapters import WEIGHTS
 from collegium.experts.engine.load import open_engine
 from collegium.experts.engine.request import Request, Row
@@ -33,6 +37,7 @@ from collegium.training.shrink import Shrinking, shrink
 DEPTH, LAYERS = 4, 3
 SHORT = Distilling(steps=6, rank=4, learning_rate=1e-2, batch=4, max_tokens=48)
 IDS = [1, 40, 51, 62, 73, 84]
+FULL = "Error while serializing: I/O error: No space left on device (os error 28)"
 
 
 def silent(what: str, done: int, of: int) -> None:
@@ -290,6 +295,26 @@ def test_a_derived_model_is_made_once_and_whole_or_not_at_all(tmp_path: Path, de
     assert first.folder == tmp_path / "models" / "small"
     assert (first.name, first.architecture) == ("artifact:1", deep.architecture)
     assert cache.derive("smaller", "artifact:2", build).identity != first.identity
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EDQUOT, "Disk quota exceeded"), SafetensorError(FULL)])
+def test_a_full_disk_says_so(tmp_path: Path, error: Exception) -> None:
+    def fail(folder: Path) -> None:
+        folder.mkdir()
+        raise error
+
+    with pytest.raises(NoSpace, match="full"):
+        ModelCache(tmp_path / "models").derive("small", "artifact:1", fail)
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["small.lock"]
+
+
+def test_a_model_of_another_kind_is_refused(home: Home, plan: Shrinking, deep: CachedModel, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(deep.folder, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHeadModel"]}))
+    with pytest.raises(UnsupportedModel, match="GPT2LMHeadModel"):
+        shrink(replace(plan, model=str(other)), home, silent)
 
 
 def test_the_command_prints_the_name_of_what_it_made(home: Home, plan: Shrinking, tmp_path: Path) -> None:

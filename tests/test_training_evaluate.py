@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,12 +143,12 @@ def test_the_engine_measures_what_torch_does(tiny_base: Path, adapters: Mapping[
             assert [len(one) for one in ours] == [len(one) for one in theirs]
             for one, other in zip(ours, theirs, strict=True):
                 assert one == pytest.approx(other, abs=1e-3)
-        assert served.generate(prompts, 8) == plain.generate(prompts, 8)
-        assert served.generate([], 8) == []
+        assert [*served.generate(prompts, 8)] == [*plain.generate(prompts, 8)]
+        assert not [*served.generate([], 8)]
         assert list(served.logprobs([])) == []
         assert engine.stats().running == 0
         with pytest.raises(InvalidRequest):
-            served.generate([[3], [10_000], [4]], 8)
+            list(served.generate([[3], [10_000], [4]], 8))
         until(lambda: is_idle(engine))
     finally:
         engine.close()
@@ -197,12 +197,28 @@ def test_answers_may_be_compared_as_text_where_likelihoods_are_dear(tiny: Tiny, 
     assert replace(scorer, spoken="closed").score(rows)[:2] == [{"accuracy": 1.0}, {"accuracy": 0.0}]
     assert set(replace(scorer, spoken="closed").score(rows)[2]) == {"nll"}
     texts = {tuple(prompt_of(row, tiny.chat)): row.prompt for row in rows}
-    speaker = SpokenAnswerer(lambda questions, most: [tiny.chat.text(one) for one in questions], texts)
+    speaker = SpokenAnswerer(lambda questions, most: map(tiny.chat.text, questions), texts)
     scores = Scorer(speaker, tiny.chat, "all").score(rows)
     assert scores[:2] == [{"accuracy": 0.0}, {"accuracy": 0.0}]
     assert scores[2] == {"exact_match": 0.0, "token_f1": 0.0}
     with pytest.raises(InvalidRequest, match="no likelihoods"):
         Scorer(speaker, tiny.chat).score(rows)
+
+
+def test_each_row_is_told_of_as_soon_as_it_is_scored(tiny: Tiny) -> None:
+    """Answers that are generated come first."""
+    order: list[str] = []
+
+    def say(questions: Sequence[str], most: int) -> Iterator[list[int]]:
+        for question in questions:
+            order.append(question)
+            yield tiny.chat.text(question)
+
+    rows = [ask_for(text, text, str(number)) for number, text in enumerate(("one", "two"))]
+    speaker = SpokenAnswerer(say, {tuple(prompt_of(row, tiny.chat)): row.prompt for row in rows})
+    scores = Scorer(speaker, tiny.chat, "all").score(rows, lambda done, of: order.append(f"{done} of {of}"))
+    assert order == ["one", "1 of 2", "two", "2 of 2"]
+    assert [score["exact_match"] for score in scores] == [1.0, 1.0]
 
 
 def test_one_choice_is_the_likeliest(tiny: Tiny, scorer: Scorer) -> None:

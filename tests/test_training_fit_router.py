@@ -26,8 +26,9 @@ from collegium.router.encoder import Encoders
 from collegium.router.rows import BACKGROUND
 from collegium.runtime import Collegium
 from collegium.settings import Settings
+from collegium.training.domain import NewDomain
 from collegium.training.fit_router import fit, refit
-from collegium.training.register import NewDomain, register
+from collegium.training.register import register
 from collegium.training.tune_encoder import Tuning
 
 WORDS = {

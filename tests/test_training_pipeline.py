@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,7 @@ class Trained:
     card: Card
     verdict: Verdict
     told: list[tuple[str, int, int]]
+    printed: str
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +73,9 @@ def trained(make_settings: MakeSettings, plan: Plan, tmp_path_factory: pytest.Te
     """An expert that was trained without disturbance, in a home that tests only read."""
     settings = make_settings(tmp_path_factory.mktemp("trained"))
     told: list[tuple[str, int, int]] = []
-    with Home(settings) as home:
+    with Home(settings) as home, redirect_stdout(io.StringIO()) as printed:
         card, verdict = train_expert(plan, home, force=False, progress=lambda *one: told.append(one))
-    return Trained(settings, plan, card, verdict, told)
+    return Trained(settings, plan, card, verdict, told, printed.getvalue())
 
 
 @pytest.fixture
@@ -118,6 +121,7 @@ def test_progress_is_told(trained: Trained) -> None:
     steps = [(done, of) for what, done, of in trained.told if what == "training"]
     assert steps == [(at, 24) for at in range(1, 25)]
     assert {"rehearsing", "measuring the expert", "measuring the base"} < {what for what, _, _ in trained.told}
+    assert not trained.printed, "standard output is the command's"
 
 
 def test_the_new_expert_answers(trained: Trained) -> None:
@@ -139,6 +143,7 @@ def test_the_adapter_is_plain_small_and_says_nothing_of_where_it_was_made(traine
     config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 16, None)
     assert "/" not in json.dumps(config)
+    assert config["target_modules"] == sorted(config["target_modules"]), "in a set's order, no two would be of one hash"
     tensors = load_file(folder / "adapter_model.safetensors")
     assert {str(tensor.dtype) for tensor in tensors.values()} == {"torch.bfloat16"}
     assert all(tensor.abs().sum() > 0 for tensor in tensors.values())

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from collegium.cli_proxy import proxy
+from collegium.cli_training import proxy
 from collegium.console import show_card
-from collegium.errors import GateRefused, InvalidRequest, NameTaken
+from collegium.errors import ArtifactCorrupt, ContextTooLong, GateRefused, InvalidRequest, NameTaken
 from collegium.experts.combination import formula
 from collegium.experts.engine.request import BASE, Request, Row
 from collegium.experts.engine.slots import Adapter
@@ -186,7 +186,8 @@ def test_the_command_shows_what_was_measured_of_who_is_refused(
     shown = capsys.readouterr().out
     assert "(forced)" in shown
     assert "needless@" in shown.splitlines()[-1]
-    for wrong in (["--remote", "http://localhost:1"], ["--remote-model", "x"]):
+    alone = ["--remote", "http://localhost:1"], ["--remote-model", "x"], ["--key-env", "X"], ["--mode", "text"]
+    for wrong in alone:
         with pytest.raises(typer.BadParameter):
             app(["needless", *files, *wrong], standalone_mode=False)
 
@@ -246,7 +247,16 @@ def test_a_job_that_is_run_again_goes_on(
         ({"name": "Music"}, InvalidRequest, "cannot be a name"),
         ({"domain": "code"}, NameTaken, "code answers for code already"),
         ({"examples": (Path("missing.jsonl"),)}, InvalidRequest, "missing.jsonl does not exist"),
+        ({"general": (Path("missing.jsonl"),), "adapter": None}, InvalidRequest, "missing.jsonl does not exist"),
+        ({"general": (Path("missing.jsonl"),)}, InvalidRequest, "Nothing is trained"),
         ({"adapter": None, "recipe": "lora-dpo"}, InvalidRequest, "no recipe 'lora-dpo'"),
+        ({"adapter": None}, ArtifactCorrupt, "Make one with `collegium shrink`"),
+        ({"adapter": None, "small": BASE, "large": "nowhere"}, InvalidRequest, "'nowhere' is not the name of a model"),
+        (
+            {"adapter": None, "small": BASE, "direct": Path("nowhere")},
+            InvalidRequest,
+            "nowhere has no adapter_config.json",
+        ),
     ],
 )
 def test_a_plan_that_cannot_work_is_refused_at_once(
@@ -262,6 +272,15 @@ def test_a_plan_that_cannot_work_is_refused_at_once(
     theirs = {key: value for key, value in changes.items() if key not in ours}
     plan = replace(plan, **ours, training=replace(plan.training, **theirs))
     with Home(make_settings(tmp_path / "home")) as home, pytest.raises(error, match=said):
+        proxy_expert(plan, home, force=True, progress=idle)
+
+
+def test_rows_that_do_not_fit_are_named_before_anything_is_trained(world: World, home: Home, tmp_path: Path) -> None:
+    row = {"prompt": "guitar " * 200, "answer": "A violin.", "id": "endless"}
+    plan = world.plan("music", TRUTH)
+    test = write(tmp_path / "long.jsonl", [row, {**row, "prompt": "guitar", "id": "short"}])
+    plan = replace(plan, adapter=None, training=replace(plan.training, test=(test,)))
+    with pytest.raises(ContextTooLong, match="1 of the rows are too long to be measured with, endless the first"):
         proxy_expert(plan, home, force=True, progress=idle)
 
 

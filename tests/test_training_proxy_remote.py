@@ -22,6 +22,8 @@ from collegium.training.pipeline import Plan
 from collegium.training.proxy import ProxyPlan, Server, proxy_expert
 
 MODELS = iter(range(1000))
+PROBES = 20
+"""Calls that finding out what a server can do costs, at most."""
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +70,30 @@ def test_one_that_tells_likelihoods_is_steered(home: Home, plan: ProxyPlan, serv
         calls = len(server.received)
         again, _ = proxy_expert(plan, home, force=True, progress=silent)
         assert again.version == card.version
-        assert len(server.received) < calls + 20, "it is asked what it can do, and nothing else"
+        assert len(server.received) < calls + PROBES, "it is asked what it can do, and nothing else"
         with Collegium.open(home.settings) as collegium:
             reply = collegium.chat("violin", expert="steered")
             assert reply.mode == "remote-topk"
+
+
+def test_an_answer_that_is_known_is_measured_in_one_call(
+    home: Home, plan: ProxyPlan, server: RemoteServer, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"violin {number}", "answer": "the guitar", "source": "medquad"} for number in range(10)]
+    training = replace(plan.training, examples=(write(tmp_path / "c.jsonl", rows[:5]),))
+    training = replace(training, test=(write(tmp_path / "d.jsonl", rows[5:]),))
+    found = {}
+    for prompt in ("none", "field"):
+        elsewhere = Server(server.url, f"tiny-{next(MODELS)}")
+        with server.acting(top=5, prompt=prompt):
+            asked = replace(plan, training=training, server=elsewhere)
+            card, _ = proxy_expert(asked, home, force=True, progress=silent)
+            found[prompt] = card, len(server.calls())
+    (singly, many), (told, few) = found.values()
+    assert few < 15 + PROBES < 5 * 15 < many, "five to fit on, five of the large model, and five of the expert"
+    assert [score.value for score in told.evidence.scores] == pytest.approx(
+        [score.value for score in singly.evidence.scores], abs=1e-3
+    )
 
 
 def test_one_that_does_not_is_compared_by_what_it_says(home: Home, plan: ProxyPlan, server: RemoteServer) -> None:

@@ -36,8 +36,8 @@ class Answerer(Protocol):
         """For each question in turn, the log-probability of each token of each answer."""
         ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-        """Greedy answers, without the end token."""
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
+        """For each prompt in turn, a greedy answer without the end token."""
         ...
 
 
@@ -52,9 +52,9 @@ class TorchAnswerer:
         """One question after the other."""
         return (choice_logprobs(self.model, prompt, answers) for prompt, answers in questions)
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-        """In batches of like length."""
-        return generate(self.model, prompts, max_tokens=max_tokens, end=self.end)
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
+        """All, in batches of like length, before the first is told."""
+        return iter(generate(self.model, prompts, max_tokens=max_tokens, end=self.end))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class EngineAnswerer:
                 found[turn] = {}
                 turn += 1
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
         """Many at once. Raises what `run_all` raises, and what asking for a row raises."""
         greedy = Sampling(max_tokens=max_tokens)
         requests = (Request(self.rows(prompt), self.combiner(), greedy) for prompt in prompts)
@@ -98,7 +98,7 @@ class SpokenAnswerer:
     `say` answers questions with at most so many tokens each.
     """
 
-    say: Callable[[Sequence[str], int], list[list[int]]]
+    say: Callable[[Sequence[str], int], Iterator[list[int]]]
     texts: Mapping[tuple[int, ...], str]
 
     def logprobs(self, questions: Sequence[Question]) -> Iterator[list[list[float]]]:
@@ -107,14 +107,14 @@ class SpokenAnswerer:
             raise InvalidRequest("Who exchanges words tells no likelihoods.", hint="Compare what is said.")
         return iter(())
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
         """Raises what `say` raises."""
         return self.say([self.texts[tuple(prompt)] for prompt in prompts], max_tokens)
 
 
-def tokens_of(answers: Iterable[list[Delta]]) -> list[list[int]]:
+def tokens_of(answers: Iterable[list[Delta]]) -> Iterator[list[int]]:
     """The tokens of each answer."""
-    return [[token for delta in deltas for token in delta.token_ids] for deltas in answers]
+    return ([token for delta in deltas for token in delta.token_ids] for deltas in answers)
 
 
 def run_all(engine: Engine, requests: Iterable[Request]) -> Iterator[list[Delta]]:

@@ -8,7 +8,7 @@ for long answers, scored by their negative log-likelihood a token.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,7 @@ from .wording import ask, wording_of
 ANSWER_TOKENS = 64
 """Longest answer that is generated for a row."""
 LIKELIHOOD_TOKENS = 256
+"""Tokens of a long answer on which its likelihood is measured: its first."""
 FREE_QUESTIONS = "free_questions"
 """The pseudo-task of the probes; its metric is the share that is answered in sentences, not with a label."""
 SHORTEST_SENTENCE = 12
@@ -49,32 +50,23 @@ class Scorer:
         self, rows: Sequence[Example], progress: Callable[[int, int], None] | None = None
     ) -> list[Mapping[str, float]]:
         """The metrics of each row, in the order of `rows`."""
-        generated = self._generate(rows)
-        scored = self.answerer.logprobs([self._question(row) for at, row in enumerate(rows) if at not in generated])
-        results = []
-        for at, row in enumerate(rows):
-            results.append(_compared(row, generated[at]) if at in generated else _likelihood(row, next(scored)))
+        results: dict[int, Mapping[str, float]] = {}
+        for at, metrics in self._scored(rows):
+            results[at] = metrics
             if progress:
-                progress(at + 1, len(rows))
-        return results
+                progress(len(results), len(rows))
+        return [results[at] for at in range(len(rows))]
 
-    def prompt(self, row: Example) -> list[int]:
-        """The row as it is asked."""
-        return prompt_of(row, self.chat)
-
-    def answer(self, row: Example) -> list[int]:
-        """The row's answer, as much of it as its likelihood is measured on."""
-        return self.chat.text(row.answer)[:LIKELIHOOD_TOKENS]
-
-    def _question(self, row: Example) -> Question:
-        answers = [self.chat.text(choice) for choice in row.choices]
-        return self.prompt(row), answers or [self.answer(row)]
-
-    def _generate(self, rows: Sequence[Example]) -> dict[int, str]:
-        """Answers by place in `rows`, for those that are compared as text."""
-        places = [at for at, row in enumerate(rows) if self._is_spoken(row)]
-        answers = self.answerer.generate([self.prompt(rows[at]) for at in places], ANSWER_TOKENS)
-        return {at: self.chat.decode(answer) for at, answer in zip(places, answers, strict=True)}
+    def _scored(self, rows: Sequence[Example]) -> Iterator[tuple[int, Mapping[str, float]]]:
+        """Places in `rows` and their metrics: first of those that are compared as text, then of the others."""
+        spoken = [at for at, row in enumerate(rows) if self._is_spoken(row)]
+        answers = self.answerer.generate([prompt_of(rows[at], self.chat) for at in spoken], ANSWER_TOKENS)
+        for at, answer in zip(spoken, answers, strict=True):
+            yield at, _compared(rows[at], self.chat.decode(answer))
+        others = sorted({*range(len(rows))} - {*spoken})
+        found = self.answerer.logprobs([question_of(rows[at], self.chat) for at in others])
+        for at, logprobs in zip(others, found, strict=True):
+            yield at, _likelihood(rows[at], logprobs)
 
     def _is_spoken(self, row: Example) -> bool:
         if self.spoken == "all":
@@ -89,6 +81,16 @@ class Scorer:
 def prompt_of(row: Example, chat: ChatEncoder) -> list[int]:
     """The row as it is asked, in its first wording, of a model with this template."""
     return chat.encode([Message("user", ask(row))])
+
+
+def answer_of(row: Example, chat: ChatEncoder) -> list[int]:
+    """The row's answer, as much of it as its likelihood is measured on."""
+    return chat.text(row.answer)[:LIKELIHOOD_TOKENS]
+
+
+def question_of(row: Example, chat: ChatEncoder) -> Question:
+    """The row with those whose likelihoods tell how well it is answered: its choices, or its answer alone."""
+    return prompt_of(row, chat), [chat.text(choice) for choice in row.choices] or [answer_of(row, chat)]
 
 
 def _compared(row: Example, answer: str) -> Mapping[str, float]:

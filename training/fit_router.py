@@ -10,8 +10,9 @@ from ..models.load import limit_threads
 from ..router.artifact import RouterArtifact
 from ..router.build import build_router, described, read_pair
 from ..schema import Release
+from .domain import open_encoders, store_router
 from .recipes import Progress
-from .register import one_at_a_time, open_encoders, store_router
+from .register import one_at_a_time
 from .tune_encoder import Tuning, tune_encoder
 
 

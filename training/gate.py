@@ -44,7 +44,11 @@ class Verdict:
     def numbers(self) -> str:
         """The gain and its interval, and what else stands in the way."""
         silent = "" if self.talks else "; but it answers free questions with labels instead of sentences"
-        few = f"; but {self.rows} rows are too few to tell" if self.rows < FEWEST_ROWS else ""
+        few = (
+            f"; but {self.rows} {'row is' if self.rows == 1 else 'rows are'} too few to tell"
+            if self.rows < FEWEST_ROWS
+            else ""
+        )
         return f"{self.gain:+.4f} a task (95 % interval {self.low:+.4f} to {self.high:+.4f}){silent}{few}"
 
     def __str__(self) -> str:

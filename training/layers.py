@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidRequest
+from ..experts.engine.shape import read_shape
 from ..models.cache import CachedModel
 from .distil import Tokens
 from .recipes import Progress
@@ -19,10 +20,8 @@ if TYPE_CHECKING:
 
 
 def check_layers(wanted: int, model: CachedModel) -> None:
-    """Raises InvalidRequest where a model cannot be shrunk to so many layers."""
-    from transformers import AutoConfig
-
-    there = int(AutoConfig.from_pretrained(model.folder).num_hidden_layers)
+    """Raises InvalidRequest where a model cannot be shrunk to so many layers, UnsupportedModel where it is of another kind."""
+    there = read_shape(model.folder).layers
     if not 1 <= wanted < there:
         raise InvalidRequest(
             f"{model.name} has {there} layers and cannot be shrunk to {wanted}.", hint=f"Take 1 to {there - 1}."

@@ -12,8 +12,8 @@ from ..experts.engine.slots import Adapter
 from ..experts.kinds import Host
 from ..models.chat import ChatEncoder
 from ..schema import Combination
-from .answerer import EngineAnswerer, Question, Rows
-from .evaluate import Scorer, prompt_of
+from .answerer import EngineAnswerer, Rows
+from .evaluate import prompt_of
 from .examples import Example
 
 Prompt = Sequence[int]
@@ -52,11 +52,6 @@ class Parts:
             "untuned": lambda prompt: Row(retold[tuple(prompt)], None, self.small),
         }
         return lambda prompt: tuple(makers[part](prompt) for part in parts)
-
-    def questions(self, rows: Sequence[Example]) -> list[Question]:
-        """Each row with its answer."""
-        scorer = Scorer(self.alone("large", rows), self.chat)
-        return [(scorer.prompt(row), [scorer.answer(row)]) for row in rows]
 
     def _answerer(self, make: Callable[[], Formula], rows: Sequence[Example]) -> EngineAnswerer:
         def made() -> Formula:

@@ -18,12 +18,13 @@ from ..models.load import load_lm, load_tokenizer, pick_device, pick_dtype
 from ..schema import Card, Evidence, Score, digest
 from ..settings import Settings
 from .answerer import TorchAnswerer
+from .domain import NewDomain
 from .evaluate import Results, Scorer, by_task, compare, probes
 from .examples import Example, read_examples
 from .gate import FEWEST_ROWS, Verdict, Verdicts, judge
 from .prepare import rehearse, token_rows
 from .recipes import Progress, Row, load_recipe
-from .register import NewDomain, check_names, register
+from .register import check_names, register
 from .stages import Stages
 from .wording import close_labels
 

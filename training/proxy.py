@@ -14,15 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ..errors import GateRefused, InvalidRequest
+from ..errors import ArtifactCorrupt, GateRefused, InvalidRequest
 from ..experts.engine.request import BASE
 from ..experts.home import Home
 from ..experts.kinds import Host, open_host
 from ..experts.remote.client import check_address
 from ..models.cache import CachedModel
-from ..schema import Card
+from ..schema import ARTIFACT, Card
 from .evaluate import probes
-from .examples import Example
+from .examples import Example, read_examples
 from .fit_combination import METHODS
 from .gate import Verdicts
 from .pipeline import Plan, job_folder, make_evidence, new_domain, split
@@ -82,16 +82,17 @@ def proxy_expert(
     """
     training = plan.training
     check(plan, home)
+    general = read_examples(training.general)
     tasks, held_out = split(training)
     tasks, dev = set_aside(tasks, training.seed, all_of_them=plan.adapter is not None)
     base = home.models.get(home.settings.base_model, progress)
     with closing_host(home, base) as host:
-        small = host.models.cached(plan.small)
+        small = _small_model(plan, host)
         job = ProxyJob(training, home, small, Stages(_folder(plan, home, small)), progress)
-        lora, report = job.adapter(plan.adapter, tasks)
-        rows = [*held_out, *probes(training.domain or training.name)]
-        make = at_server if plan.server else in_process
-        candidate = make(plan, job, host, lora, Rows(tasks, dev, rows))
+        rows = Rows(tasks, dev, [*held_out, *probes(training.domain or training.name)])
+        measured_with = (at_server if plan.server else in_process)(plan, job, host, rows)
+        lora, report = job.adapter(plan.adapter, tasks, general)
+        candidate = measured_with(lora)
     verdicts = candidate.verdicts
     evidence = make_evidence(training, candidate.scores, verdicts, report | candidate.fit_report)
     evidence = replace(evidence, capabilities=candidate.capabilities, forced=force and not verdicts.passed)
@@ -138,6 +139,10 @@ def check(plan: ProxyPlan, home: Home) -> None:
         check_address(plan.server.url, home.settings)
     if plan.adapter is None:
         load_recipe(plan.training.recipe)
+    elif plan.training.general or plan.training.options:
+        raise InvalidRequest(
+            "Nothing is trained where an adapter is given.", hint="Leave out general chat and options of the recipe."
+        )
 
 
 def set_aside(tasks: Sequence[Example], seed: int, *, all_of_them: bool) -> tuple[list[Example], list[Example]]:
@@ -151,6 +156,19 @@ def set_aside(tasks: Sequence[Example], seed: int, *, all_of_them: bool) -> tupl
         )
     dev = min(dev, DEV_ROWS)
     return ([] if all_of_them else shuffled[dev:]), shuffled[:dev]
+
+
+def _small_model(plan: ProxyPlan, host: Host) -> CachedModel:
+    """Raises ArtifactCorrupt where it is a shrunk one that is not here, and what `ModelPool.cached` raises."""
+    if plan.small.startswith(ARTIFACT):
+        try:
+            host.artifacts.path(plan.small.removeprefix(ARTIFACT))
+        except ArtifactCorrupt:
+            raise ArtifactCorrupt(
+                f"The small model {plan.small} is not in {host.artifacts.root}.",
+                hint="Make one with `collegium shrink`, and name it with --small or in the setting small_model.",
+            ) from None
+    return host.models.cached(plan.small)
 
 
 def _folder(plan: ProxyPlan, home: Home, small: CachedModel) -> Path:

@@ -9,19 +9,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..errors import ContextTooLong
 from ..experts.adapters import store_adapter
 from ..experts.engine.request import BASE
 from ..experts.engine.slots import Adapter
 from ..experts.home import Home
+from ..experts.kinds import Host
+from ..experts.pool import LocalModel
 from ..models.cache import CachedModel
 from ..schema import ARTIFACT, Lora, Score, Spec, digest
-from .evaluate import Results, Scorer, by_task, compare
-from .examples import Example, read_examples
-from .fit_combination import Fitted, fit, fitted_from_dict, record
+from .evaluate import ANSWER_TOKENS, Results, Scorer, answer_of, by_task, compare, prompt_of, question_of
+from .examples import Example
+from .fit_combination import Fitted, fit, fitted_from_dict
 from .gate import Verdicts, judge
 from .parts import Parts
 from .pipeline import Plan, deep, flat, train_adapter
 from .recipes import Progress
+from .record_answers import record
 from .stages import Stages
 
 DEV_TOKENS = 12_000
@@ -80,14 +84,16 @@ class ProxyJob:
     stages: Stages
     progress: Progress
 
-    def adapter(self, given: Path | None, tasks: Sequence[Example]) -> tuple[Lora, dict[str, Any]]:
+    def adapter(
+        self, given: Path | None, tasks: Sequence[Example], general: Sequence[Example]
+    ) -> tuple[Lora, dict[str, Any]]:
         """The small model's adapter, in the store, and what its training told; trained where none is given.
 
         Raises what training and `store_adapter` raise.
         """
         if given:
             return self.store(given, self.small), {"name": "given"}
-        general, settings = read_examples(self.plan.general), self.home.settings
+        settings = self.home.settings
         folder, report = train_adapter(self.plan, tasks, general, self.small, self.stages, settings, self.progress)
         return self.store(folder, self.small), report
 
@@ -95,6 +101,20 @@ class ProxyJob:
         """Measured are the very bytes that will serve. Raises what `store_adapter` raises."""
         with tempfile.TemporaryDirectory() as scratch:
             return store_adapter(adapter, model, self.home.artifacts, Path(scratch) / "adapter")
+
+    def check_room(self, host: Host, models: Sequence[tuple[LocalModel, int]], rows: Sequence[Example]) -> None:
+        """`models` with the rows that a request has on each. Raises ContextTooLong where rows do not fit them with an answer."""
+        for model, each in models:
+            room, chat = host.engine.room(model.name, each), model.chat
+            asked = [(row, *question_of(row, chat)) for row in rows]
+            long = [
+                row.id for row, prompt, answers in asked if len(prompt) + max(ANSWER_TOKENS, *map(len, answers)) > room
+            ]
+            if long:
+                raise ContextTooLong(
+                    f"{len(long)} of the rows are too long to be measured with, {long[0]} the first: {room} tokens fit.",
+                    hint="Leave them out, or raise kv_cache_mb where the model reads more.",
+                )
 
     def loaded(self, lora: Lora) -> Adapter:
         """An adapter of the store, as the engine takes it."""
@@ -104,7 +124,7 @@ class ProxyJob:
         """The combinations, fitted on as many of the rows as it takes. `identity` names the models."""
 
         def fitting(folder: Path) -> dict[str, Any]:
-            questions = parts.questions(dev)
+            questions = [(prompt_of(row, parts.chat), [answer_of(row, parts.chat)]) for row in dev]
             sizes = [len(answers[0]) for _, answers in questions]
             enough = [question for at, question in enumerate(questions) if sum(sizes[:at]) < DEV_TOKENS]
             rows = parts.rows(("large", "tuned", "untuned"), dev)

@@ -21,8 +21,19 @@ if TYPE_CHECKING:
     from .proxy import ProxyPlan
 
 
-def in_process(plan: ProxyPlan, job: ProxyJob, host: Host, lora: Lora, rows: Rows) -> Candidate:
-    """The combination of the plan's models, and what it reaches. Raises what opening the models raises."""
+def in_process(plan: ProxyPlan, job: ProxyJob, host: Host, rows: Rows) -> Callable[[Lora], Candidate]:
+    """Open what the plan names; what comes back fits and measures, with the small model's adapter.
+
+    Raises what opening the models raises, and what storing the adapter to compare with and `ProxyJob.check_room` raise.
+    """
+    large, small = host.models.open(plan.large), host.models.open(plan.small)
+    counts = [(large, 3)] if large.name == small.name else [(large, 1), (small, 2)]
+    job.check_room(host, counts, [*rows.dev, *rows.test])
+    return partial(_measured, plan, job, host, rows, _direct(plan, job, host.models.cached(plan.large)))
+
+
+def _measured(plan: ProxyPlan, job: ProxyJob, host: Host, rows: Rows, direct: Lora | None, lora: Lora) -> Candidate:
+    """The combination of the plan's models, and what it reaches."""
     large, small, whole = host.models.open(plan.large), host.models.open(plan.small), host.models.cached(plan.large)
     parts = Parts(host, large.chat, _row(large.name, None), small.name, small.chat, job.loaded(lora))
     pair = [job.small.identity, lora.adapter]
@@ -32,7 +43,7 @@ def in_process(plan: ProxyPlan, job: ProxyJob, host: Host, lora: Lora, rows: Row
     def measure(who: str, answerer: EngineAnswerer, *identity: str) -> Results:
         return job.measure(who, Scorer(answerer, parts.chat), rows.test, identity)
 
-    direct, directly = _direct(plan, job, whole), None
+    directly = None
     if direct:
         tuned = replace(parts, large=_row(large.name, job.loaded(direct)))
         directly = measure("the tuned model", tuned.alone("large", rows.test), whole.identity, direct.adapter)

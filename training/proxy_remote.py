@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..experts.engine.engine import Engine
 from ..experts.engine.request import RemoteRow, Row
 from ..experts.kinds import Expert, Host
 from ..experts.remote.background import spawn
@@ -25,7 +26,7 @@ from ..experts.remote.vocabulary import Vocabulary
 from ..models.chat import ChatEncoder
 from ..schema import Card, Evidence, ExpertRequest, Lora, Message, Remote, Sampling, digest
 from .answerer import Answerer, SpokenAnswerer, in_turn, tokens_of
-from .evaluate import LIKELIHOOD_TOKENS, Results, Scorer, prompt_of
+from .evaluate import LIKELIHOOD_TOKENS, Results, Scorer, answer_of, prompt_of
 from .examples import Example
 from .parts import Parts, Prompt
 from .proxy_job import Candidate, ProxyJob, Rows, identities
@@ -40,31 +41,35 @@ AT_ONCE = 8
 """Conversations with a server at once."""
 
 
-def at_server(plan: ProxyPlan, job: ProxyJob, host: Host, lora: Lora, rows: Rows) -> Candidate:
-    """What the plan's server can do, and what it reaches by that. Raises what asking it raises."""
+def at_server(plan: ProxyPlan, job: ProxyJob, host: Host, rows: Rows) -> Callable[[Lora], Candidate]:
+    """Ask the plan's server what it can do; what comes back fits and measures by that, with the small model's adapter.
+
+    Raises what asking it raises, and what opening the small model and `ProxyJob.check_room` raise.
+    """
     assert plan.server
+    server, small = plan.server, host.models.open(plan.small)
+    job.check_room(host, [(small, 2)], [*rows.dev, *rows.test])
     spec = Remote(
-        plan.server.url,
-        plan.server.model,
-        lora.adapter,
-        lora.rank,
-        key_env=plan.server.key_env,
+        server.url,
+        server.model,
+        adapter="",
+        rank=0,
+        key_env=server.key_env,
         small=plan.small,
         identities=identities({plan.small: job.small}),
-        mode=plan.server.mode,
+        mode=server.mode,
         demonstrations=_demonstrations(host, [*rows.tasks, *rows.dev][:SHOWN_ROWS]),
     )
     can = Capabilities() if spec.mode == "text" else find_capabilities(spec, host)
-    if can.top_k:
-        return _by_likelihood(plan, job, host, spec, can, rows)
-    return _by_words(plan, job, host, spec, can, rows)
+    measured = _by_likelihood if can.top_k else _by_words
+    return lambda lora: measured(plan, job, host, _with_adapter(spec, lora), can, rows)
 
 
 def _by_likelihood(
     plan: ProxyPlan, job: ProxyJob, host: Host, spec: Remote, can: Capabilities, rows: Rows
 ) -> Candidate:
-    parts = _parts(job, host, spec, can)
-    server, pair = [spec.url, spec.model], [job.small.identity, spec.adapter]
+    parts = _parts(job, host, spec, can, [*rows.dev, *rows.test])
+    server, pair = _identity(spec, can), [job.small.identity, spec.adapter]
     fitted = job.fit(parts, rows.dev, [*server, *pair])
     combination = fitted.choose(plan.method)
 
@@ -84,7 +89,7 @@ def _by_likelihood(
 
 def _by_words(plan: ProxyPlan, job: ProxyJob, host: Host, spec: Remote, can: Capabilities, rows: Rows) -> Candidate:
     """All three are compared by what they say. What a server that was not asked can do stands on no card."""
-    parts = _parts(job, host, spec, can)
+    parts = _parts(job, host, spec, can, [])
     found = can.as_dict() if spec.mode == "auto" else {}
     card = Card(plan.training.name, plan.training.domain, spec, host.base, evidence=Evidence(capabilities=found))
     texts = {tuple(prompt_of(row, parts.chat)): ask(row) for row in rows.test}
@@ -92,7 +97,7 @@ def _by_words(plan: ProxyPlan, job: ProxyJob, host: Host, spec: Remote, can: Cap
     def measure(who: str, answerer: Answerer, *identity: str) -> Results:
         return job.measure(who, Scorer(answerer, parts.chat, "all"), rows.test, identity)
 
-    server, pair = [spec.url, spec.model], [job.small.identity, spec.adapter]
+    server, pair = _identity(spec, can), [job.small.identity, spec.adapter]
     by_itself = partial(_server_says, RemoteClient.of(spec, host.settings), parts.chat)
     helped = partial(_expert_says, open_remote(card, host))
     return Candidate(
@@ -104,20 +109,42 @@ def _by_words(plan: ProxyPlan, job: ProxyJob, host: Host, spec: Remote, can: Cap
     )
 
 
-def _parts(job: ProxyJob, host: Host, spec: Remote, can: Capabilities) -> Parts:
-    """A row of the server's stands beside one of the small model, which completes it."""
+class Told(Drafter):
+    """Drafts the `answer` that is measured, and as any other once something else is drawn."""
+
+    def __init__(self, engine: Engine, row: Row, most: int, answer: Sequence[int]) -> None:
+        super().__init__(engine, row, Sampling(max_tokens=LIKELIHOOD_TOKENS), most)
+        self._answer = tuple(answer)
+
+    async def draft(self, generated: Sequence[int]) -> tuple[int, ...]:
+        """All that is left of the answer but its last token, after which nothing is asked."""
+        at = len(generated)
+        if tuple(generated) == self._answer[:at] and self._answer[at:-1]:
+            return self._answer[at:-1]
+        return await super().draft(generated)
+
+
+def _parts(job: ProxyJob, host: Host, spec: Remote, can: Capabilities, rows: Sequence[Example]) -> Parts:
+    """A row of the server's stands beside one of the small model, which completes it. It need not guess the answers of `rows`."""
     small, tuned = host.models.open(spec.small), job.loaded(Lora(spec.adapter, spec.rank))
     box = BlackBox(RemoteClient.of(spec, host.settings), can, Vocabulary.of(host))
-    most, sampling = host.settings.remote_draft, Sampling(max_tokens=LIKELIHOOD_TOKENS)
+    most = host.settings.remote_draft
+    answers = {tuple(prompt_of(row, small.chat)): answer_of(row, small.chat) for row in rows}
 
     def row(prompt: Prompt) -> RemoteRow:
-        drafter = Drafter(host.engine, Row(prompt, tuned, small.name), sampling, most) if most else None
+        read = Row(prompt, tuned, small.name)
+        drafter = Told(host.engine, read, most, answers.get(tuple(prompt), ())) if most else None
         return BlackBoxRow(box, prompt, Spent(host.settings.remote_calls), drafter)
 
     return Parts(host, small.chat, row, small.name, small.chat, tuned, tail=True)
 
 
-def _expert_says(expert: Expert, questions: Sequence[str], max_tokens: int) -> list[list[int]]:
+def _identity(spec: Remote, can: Capabilities) -> list[str]:
+    """What decides how a server answers, as far as one is told."""
+    return [spec.url, spec.model, digest(can.as_dict())]
+
+
+def _expert_says(expert: Expert, questions: Sequence[str], max_tokens: int) -> Iterator[list[int]]:
     sampling = Sampling(max_tokens=max_tokens)
     requests = [ExpertRequest((Message("user", text),), "", sampling=sampling) for text in questions]
     return tokens_of(in_turn((partial(expert.start, request) for request in requests), AT_ONCE))
@@ -125,7 +152,7 @@ def _expert_says(expert: Expert, questions: Sequence[str], max_tokens: int) -> l
 
 def _server_says(
     client: RemoteClient, encoder: ChatEncoder, questions: Sequence[str], max_tokens: int
-) -> list[list[int]]:
+) -> Iterator[list[int]]:
     """Without any help."""
     limit, sampling = client.settings.remote_calls, Sampling(max_tokens=max_tokens)
 
@@ -135,11 +162,9 @@ def _server_says(
         async with aclosing(chat(client, messages, request, Spent(limit))) as pieces:
             return "".join([piece.text async for piece in pieces])
 
-    answers: list[str] = []
     for start in range(0, len(questions), AT_ONCE):
-        futures = [spawn(said(text)) for text in questions[start : start + AT_ONCE]]
-        answers += [future.result() for future in futures]
-    return [encoder.text(answer) for answer in answers]
+        for future in [spawn(said(text)) for text in questions[start : start + AT_ONCE]]:
+            yield encoder.text(future.result())
 
 
 def _demonstrations(host: Host, rows: Sequence[Example]) -> str:

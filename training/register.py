@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -18,30 +17,13 @@ from ..experts.adapters import store_adapter
 from ..experts.home import Home
 from ..experts.probe import make_canary
 from ..models.cache import CachedModel
-from ..models.encoder import Encoder
-from ..retrieval import Chunk, build_index, chunk, read_documents
 from ..router.artifact import RouterArtifact
-from ..router.encoder import Encoders
-from ..router.router import Router
 from ..schema import Base, Canary, Card, Evidence, Lora, Release, Spec
+from .domain import Learned, NewDomain, learn, store_router
 from .recipes import Progress
 
 RESERVED = frozenset({"auto", "base", "none"})
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-PASSAGES_FOR_ROUTER = 200
-"""Passages that the router learns a domain from, at most; taken evenly over the documents."""
-ENOUGH_PROMPTS = 20
-"""Prompts from which the router learns a domain without its passages: documents read unlike what people ask about them."""
-
-
-@dataclass(frozen=True, slots=True)
-class NewDomain:
-    """What a domain is made from: documents to answer from, prompts that belong to it, a description."""
-
-    name: str
-    description: str = ""
-    docs: tuple[Path, ...] = ()
-    prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +72,7 @@ def _register(
     release = home.release()
     base = home.models.get(home.settings.base_model, progress)
     with tempfile.TemporaryDirectory() as scratch:
-        learned = _learn(home, release, domain, Path(scratch) / "index", progress, notes) if domain else Learned()
+        learned = learn(home, release, domain, Path(scratch) / "index", progress, notes) if domain else Learned()
         whose = pairing or Pairing(base, lambda lora: lora)
         made = _store(home, adapter, whose, Path(scratch) / "adapter", progress) if adapter else None
     card = _card(home, release, name, domain, made, base.identity, evidence)
@@ -102,28 +84,6 @@ def _register(
         note=f"add {card.version}",
     )
     return card
-
-
-@dataclass(frozen=True, slots=True)
-class Learned:
-    """The hashes of what a new domain needs: a router where the live one does not know it, an index where it has documents."""
-
-    router: str | None = None
-    index: str | None = None
-
-
-def _learn(
-    home: Home,
-    release: Release,
-    domain: NewDomain,
-    scratch: Path,
-    progress: Progress,
-    notes: Callable[[str], None],
-) -> Learned:
-    encoder = home.models.get(home.settings.encoder, progress)
-    chunks = _chunks(domain, notes)
-    index = _index(home, chunks, encoder, scratch, progress)
-    return Learned(_router(home, release, domain, chunks, encoder, progress), index)
 
 
 def _store(home: Home, adapter: Path, pairing: Pairing, scratch: Path, progress: Progress) -> tuple[Spec, Canary]:
@@ -190,34 +150,6 @@ def _card(
     return Card(name, domain.name if domain else "", spec, base, evidence=replace(evidence, canary=canary))
 
 
-def read_prompts(paths: Sequence[Path]) -> tuple[str, ...]:
-    """Prompts of a domain: JSON lines with `prompt` or `text`, or any other text file, one a line.
-
-    Raises InvalidRequest naming the file and the line.
-    """
-    prompts = []
-    for path in paths:
-        try:
-            lines = path.read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidRequest(f"{path} cannot be read: {error}.") from None
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                prompts.append(_prompt_of(line, f"{path}:{number}") if path.suffix == ".jsonl" else line.strip())
-    return tuple(prompts)
-
-
-def _prompt_of(line: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-        prompt = row.get("prompt") or row["text"]
-    except (ValueError, LookupError, AttributeError):
-        prompt = None
-    if not isinstance(prompt, str):
-        raise InvalidRequest(f"{where}: no prompt.", hint="A row is a JSON object with prompt (or text).")
-    return prompt
-
-
 def _check_name(name: str) -> None:
     if name in RESERVED or not NAME.fullmatch(name):
         raise InvalidRequest(
@@ -240,60 +172,3 @@ def check_names(home: Home, name: str, domain: str | None) -> None:
             raise NameTaken(
                 f"{alias} answers for {domain} already.", hint=f"Remove it first, or register {alias} again."
             )
-
-
-def _chunks(domain: NewDomain, notes: Callable[[str], None]) -> list[Chunk]:
-    if not domain.docs:
-        return []
-    documents, unread = read_documents(domain.docs)
-    for sentence in unread:
-        notes(sentence)
-    return [piece for document in documents for piece in chunk(document)]
-
-
-def _index(home: Home, chunks: list[Chunk], model: CachedModel, folder: Path, progress: Progress) -> str | None:
-    if not chunks:
-        return None
-    folder.mkdir()
-    encoder = Encoder(model)
-    build_index(
-        chunks,
-        encoder.encode,
-        folder,
-        encoder_id=encoder.identity,
-        progress=lambda done, of: progress("indexing passages", done, of),
-    )
-    return home.artifacts.put(folder)
-
-
-def _router(
-    home: Home,
-    release: Release,
-    domain: NewDomain,
-    chunks: list[Chunk],
-    model: CachedModel,
-    progress: Progress,
-) -> str | None:
-    """The hash of a router that knows the domain, None where the live one does."""
-    artifact = RouterArtifact.load(home.artifacts.verify(release.router))
-    if domain.name in artifact.head.domains:
-        return None
-    progress("teaching the router", 0, 0)
-    router = Router(artifact, open_encoders(home, model))
-    every = max(1, -(-len(chunks) // PASSAGES_FOR_ROUTER))
-    passages = [piece.text for piece in chunks[::every]] if len(domain.prompts) < ENOUGH_PROMPTS else []
-    artifact = router.add_domain(domain.name, [*domain.prompts, *passages], domain.description)
-    return store_router(home, artifact)
-
-
-def open_encoders(home: Home, model: CachedModel) -> Encoders:
-    """The encoders of a home's routers, as its settings have them."""
-    settings = home.settings
-    return Encoders(model, precision=settings.encoder_precision, threads=settings.threads, device=settings.device)
-
-
-def store_router(home: Home, artifact: RouterArtifact) -> str:
-    """Put a fitted router into the artifact store; returns its content hash."""
-    with tempfile.TemporaryDirectory() as folder:
-        artifact.save(Path(folder))
-        return home.artifacts.put(Path(folder))

@@ -6,7 +6,6 @@ what it is for, and what was measured.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import shutil
@@ -17,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidRequest
-from ..experts.adapters import CONFIG, WEIGHTS
 from ..experts.home import Home
 from ..experts.shrunk import ADAPTER, Shrunk, cut
 from ..models.cache import CachedModel, sha256
 from ..models.chat import ChatEncoder
 from ..models.load import load_lm, load_tokenizer, pick_device
 from ..schema import ARTIFACT, Message, digest
+from .adapter_folder import save_adapter
 from .distil import Distilling, Tokens, distil, measure
 from .examples import Example, read_examples
 from .layers import check_layers, choose_layers
@@ -91,22 +90,6 @@ def shrink(plan: Shrinking, home: Home, progress: Progress) -> tuple[str, dict[s
     name = ARTIFACT + home.artifacts.put(folder / "shrunk")
     shutil.rmtree(checkpoints, ignore_errors=True)
     return name, {"layers": choice["layers"], **asdict(plan.distilling), **report}
-
-
-def save_adapter(taught: Any, folder: Path) -> None:
-    """Write the PEFT folder in bfloat16, with nothing in it of the machine or the process that made it."""
-    import torch
-
-    for name, parameter in taught.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(torch.bfloat16)
-    taught.save_pretrained(folder)
-    for path in folder.iterdir():
-        if path.name not in (CONFIG, WEIGHTS):
-            path.unlink()  # PEFT's empty model card
-    config = json.loads((folder / CONFIG).read_text("utf-8"))
-    portable = {**config, "base_model_name_or_path": None, "target_modules": sorted(config["target_modules"])}
-    (folder / CONFIG).write_text(json.dumps(dict(sorted(portable.items())), indent=1), "utf-8")
 
 
 def _split(plan: Shrinking, chat: ChatEncoder) -> tuple[list[Tokens], list[Tokens]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InvalidRequest
+from ..adapter_folder import save_adapter
 from . import Progress, Row
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def train(
     """Train and write the PEFT folder in bfloat16. Rows longer than `max_length` are left out and counted."""
     from datasets import Dataset
     from peft import LoraConfig
+    from transformers import PrinterCallback
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
@@ -94,8 +96,9 @@ def train(
         ),
         callbacks=[_report_to(progress)],
     )
+    trainer.remove_callback(PrinterCallback)  # standard output is the command's
     result = trainer.train()
-    _save(trainer.model, folder)
+    save_adapter(trainer.model, folder)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         **asdict(chosen),
@@ -135,14 +138,3 @@ def _report_to(progress: Progress) -> TrainerCallback:
             progress("training", state.global_step, state.max_steps)
 
     return Report()
-
-
-def _save(model: Any, folder: Path) -> None:
-    """Write the adapter in bfloat16: half of the bytes, and what it is served in."""
-    import torch
-
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(torch.bfloat16)
-    model.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card

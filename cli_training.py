@@ -1,4 +1,4 @@
-"""The command that makes an expert of a model which may not be changed."""
+"""The commands that make experts of examples: `train`, and `proxy` for a model which may not be changed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_shared import Files, open_home, parse_options, reporting
+from .cli_shared import open_home, parse_options, reporting
 
 if TYPE_CHECKING:
     from .schema import Card
+
+Files = Annotated[list[Path], typer.Option(help="JSON lines with prompt and answer (.jsonl, .jsonl.gz); repeatable.")]
+Test = Annotated[list[Path] | None, typer.Option(help="Rows to measure with; else a tenth is held out.")]
+General = Annotated[list[Path] | None, typer.Option(help="General chat to mix in, same form.")]
+Recipe = Annotated[str, typer.Option(help="How to train.")]
+Options = Annotated[list[str] | None, typer.Option(help="A recipe's option as NAME=VALUE; repeatable.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Rows of each examples file, at most.")]
+TestLimit = Annotated[int, typer.Option(min=1, help="Rows of each test file, at most.")]
+Description = Annotated[str, typer.Option(help="What it knows, in a sentence.")]
+Licence = Annotated[str, typer.Option(help="Licence of the data, for the card.")]
+Force = Annotated[bool, typer.Option("--force", help="Register it even if it is not better.")]
 
 
 class Mode(StrEnum):
@@ -21,11 +32,48 @@ class Mode(StrEnum):
     text = "text"
 
 
+def train(
+    name: Annotated[str, typer.Argument(help="Name of the expert.")],
+    examples: Files,
+    domain: Annotated[str, typer.Option(help="Domain that it answers for; by default its name.")] = "",
+    description: Description = "",
+    test: Test = None,
+    general: General = None,
+    recipe: Recipe = "lora-sft",
+    option: Options = None,
+    limit: Limit = None,
+    test_limit: TestLimit = 100,
+    licence: Licence = "",
+    force: Force = False,
+) -> None:
+    """Train an expert, measure it against the base model, and register it if it is better."""
+    from .console import show_card
+    from .training.pipeline import Plan, train_expert
+
+    plan = Plan(
+        name=name,
+        examples=tuple(examples),
+        test=tuple(test or ()),
+        general=tuple(general or ()),
+        domain=domain or name,
+        description=description,
+        recipe=recipe,
+        options=parse_options(option or []),
+        licence=licence,
+        limit=limit,
+        test_limit=test_limit,
+    )
+    with open_home() as home, reporting() as progress:
+        card, verdict = train_expert(plan, home, force=force, progress=progress)
+    show_card(card)
+    typer.echo(f"{card.version} is live. It is {verdict}.")
+
+
 def proxy(
     name: Annotated[str, typer.Argument(help="Name of the expert.")],
     examples: Files,
-    test: Annotated[list[Path] | None, typer.Option(help="Rows to measure with; else a tenth is held out.")] = None,
-    general: Annotated[list[Path] | None, typer.Option(help="General chat to mix in, same form.")] = None,
+    test: Test = None,
+    general: General = None,
     large: Annotated[str, typer.Option(help="The model that is steered: base, or a model's name.")] = "base",
     remote: Annotated[
         str | None, typer.Option(help="Address of a server (OpenAI's API) that has the large model.")
@@ -45,13 +93,13 @@ def proxy(
         str, typer.Option(help="How they are combined: best of those fitted, proxy, mixture, comblm or contrastive.")
     ] = "best",
     domain: Annotated[str, typer.Option(help="Domain that it answers for; without it, it is asked for by name.")] = "",
-    description: Annotated[str, typer.Option(help="What it knows, in a sentence.")] = "",
-    recipe: Annotated[str, typer.Option(help="How to train.")] = "lora-sft",
-    option: Annotated[list[str] | None, typer.Option(help="A recipe's option as NAME=VALUE; repeatable.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each examples file, at most.")] = None,
-    test_limit: Annotated[int, typer.Option(min=1, help="Rows of each test file, at most.")] = 100,
-    licence: Annotated[str, typer.Option(help="Licence of the data, for the card.")] = "",
-    force: Annotated[bool, typer.Option("--force", help="Register it even if it is not better.")] = False,
+    description: Description = "",
+    recipe: Recipe = "lora-sft",
+    option: Options = None,
+    limit: Limit = None,
+    test_limit: TestLimit = 100,
+    licence: Licence = "",
+    force: Force = False,
 ) -> None:
     """Steer a model that stays as it is with a small tuned one, measure both and all together, and register what is better."""
     from .console import show_card
@@ -60,6 +108,8 @@ def proxy(
 
     if bool(remote) != bool(remote_model):
         raise typer.BadParameter("--remote and --remote-model go together.")
+    if not remote and (key_env or mode is Mode.text):
+        raise typer.BadParameter("--key-env and --mode text are for a server: name it with --remote.")
     server = Server(remote, remote_model, key_env, mode.value) if remote else None
     training = Plan(
         name=name,
