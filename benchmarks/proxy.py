@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from data import need, parser
 from proxy_adapters import TASKS, Rows, adapter, read_rows
-from proxy_remote import remote_figures
+from proxy_remote import call_figures, tail_error
 from proxy_speed import speed_figures
 
 from collegium.console import progress_bars
@@ -39,7 +39,7 @@ from collegium.training.record_answers import record
 
 SECTIONS = ("quality", "speed", "remote")
 OTHERS = "medquad"
-"""The task that speed and calls are measured on."""
+"""The task that speed, and the error of top k, are measured on."""
 QUICK_ROWS, ROWS = 20, 100
 SEMSCORE_TOKENS = 128
 """Longest answer that is compared with a long reference."""
@@ -81,7 +81,9 @@ def main() -> None:
     options = parser(__doc__ or "")
     options.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "collegium-proxy")
     options.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
-    options.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="of the section quality")
+    options.add_argument(
+        "--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="of the sections quality and remote"
+    )
     chosen = options.parse_args()
     data = need(chosen.data / "experts")
     figures: dict[str, Any] = {}
@@ -96,11 +98,16 @@ def main() -> None:
                 contest = prepare(host, task, rows, chosen.work, progress)
                 figures |= quality(contest, task, rows, Encoder(home.models.get(home.settings.encoder)))
                 _write(chosen.json, figures)
+            for task in chosen.tasks if "remote" in chosen.sections else ():
+                rows = read_rows(data, task, ROWS)
+                figures |= call_figures(task, prepare(host, task, rows, chosen.work, progress), base, rows)
+                _write(chosen.json, figures)
             rows = read_rows(data, OTHERS, ROWS)
-            for section, measure in (("speed", speed_figures), ("remote", remote_figures)):
-                if section in chosen.sections:
-                    figures |= measure(prepare(host, OTHERS, rows, chosen.work, progress), base, rows)
-                    _write(chosen.json, figures)
+            if "remote" in chosen.sections:
+                figures |= tail_error(prepare(host, OTHERS, rows, chosen.work, progress), rows.test)
+            if "speed" in chosen.sections:
+                figures |= speed_figures(prepare(host, OTHERS, rows, chosen.work, progress), rows.test)
+            _write(chosen.json, figures)
         finally:
             host.engine.close()
     show(figures)

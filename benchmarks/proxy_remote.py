@@ -38,21 +38,21 @@ DRAFT = 8
 ALPHA = 0.8
 
 
-def remote_figures(contest: Contest, base: CachedModel, rows: Rows) -> dict[str, Any]:
-    """Calls a hundred tokens, what of the drafts was accepted, and the error by k."""
-    figures: dict[str, Any] = tail_error(contest, rows.test[:ANSWERS])
+def call_figures(task: str, contest: Contest, base: CachedModel, rows: Rows) -> dict[str, Any]:
+    """Calls a hundred tokens, and what of the drafts was accepted."""
+    figures: dict[str, Any] = {}
     with serving(Model(base.folder)) as server:
         for name, draft, prompt in (("single", 0, "none"), ("drafted", DRAFT, "field")):
             with server.acting(top=20, prompt=prompt):
                 answers = [_answer(contest, server.url, row, draft) for row in rows.test[:QUESTIONS]]
             paid = [one for _, one in answers]
             tokens = sum(count for count, _ in answers)
-            figures[f"remote_{name}_calls_per_100_tokens"] = round(100 * sum(one.calls for one in paid) / tokens, 1)
+            figures[f"{task}_{name}_calls_per_100_tokens"] = round(100 * sum(one.calls for one in paid) / tokens, 1)
             if draft:
                 share = sum(one.accepted for one in paid) / max(1, sum(one.drafted for one in paid))
-                figures["remote_draft_accepted"] = round(share, 3)
-    singly, drafted = (figures[f"remote_{name}_calls_per_100_tokens"] for name in ("single", "drafted"))
-    return figures | {"remote_calls_ratio": round(drafted / singly, 3)}
+                figures[f"{task}_draft_accepted"] = round(share, 3)
+    singly, drafted = (figures[f"{task}_{name}_calls_per_100_tokens"] for name in ("single", "drafted"))
+    return figures | {f"{task}_calls_ratio": round(drafted / singly, 3)}
 
 
 def _answer(contest: Contest, url: str, row: Example, draft: int) -> tuple[int, Paid]:
@@ -98,12 +98,12 @@ def _known(logits: Floats, top: int) -> Floats:
 
 
 def tail_error(contest: Contest, rows: Sequence[Example]) -> dict[str, Any]:
-    """Mean total variation distance over the tokens of some answers."""
+    """Mean total variation distance by k, over the tokens of some answers."""
     chat = contest.host.chat
-    make, errors = contest.rows(("large", "tuned", "untuned")), [_Error() for _ in rows]
+    make, errors = contest.rows(("large", "tuned", "untuned")), [_Error() for _ in rows[:ANSWERS]]
     requests = [
         Request(make(prompt_of(row, chat)), error, forced=tuple(answer_of(row, chat)[:ANSWER_TOKENS]))
-        for row, error in zip(rows, errors, strict=True)
+        for row, error in zip(rows[:ANSWERS], errors, strict=True)
     ]
     for _ in run_all(contest.host.engine, requests):
         pass

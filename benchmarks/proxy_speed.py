@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from proxy_adapters import Rows
 
 from collegium.experts.combination import formula
 from collegium.experts.engine.combine import Combiner, Identity
 from collegium.experts.engine.request import Request, Row
-from collegium.models.cache import CachedModel
 from collegium.schema import Combination, Message, Sampling
+from collegium.training.examples import Example
 from collegium.training.wording import ask
 
 if TYPE_CHECKING:
@@ -22,10 +21,10 @@ if TYPE_CHECKING:
 ROUNDS, TOKENS = 9, 96
 
 
-def speed_figures(contest: Contest, base: CachedModel, rows: Rows) -> dict[str, Any]:
+def speed_figures(contest: Contest, rows: Sequence[Example]) -> dict[str, Any]:
     """Tokens a second after the first; the ratios are medians over rounds in which all take their turn."""
     chat = contest.host.chat
-    prompts = [chat.encode([Message("user", ask(row))]) for row in rows.test[:ROUNDS]]
+    prompts = [chat.encode([Message("user", ask(row))]) for row in rows[:ROUNDS]]
     asked = formula(Combination("proxy", 1.0))
     learned = formula(Combination("comblm", weights=(0.1,) * 8))
     contestants: dict[str, tuple[Sequence[str], Combiner]] = {

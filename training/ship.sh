@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Make the folder shipped/ anew: the router, an expert a domain, and the index over the project's own documents.
+# Make the folder shipped/ anew: the router, an expert a domain, a proxied one with its small model, and the index over the
+# project's own documents.
 #
 #   COLLEGIUM_DATA=... training/ship.sh [HOME]
 #
@@ -36,6 +37,18 @@ train health "Health: questions of patients, medical exams, what a study found."
     "MIT (PubMedQA), Apache-2.0 (MedMCQA), CC BY 4.0 (MedQuAD)" 250 "" pubmedqa medmcqa medquad
 train science "Science at school: physics, biology, chemistry, the Earth." \
     "CC BY-SA 4.0 (ARC), Apache-2.0 (OpenBookQA)" 450 "" arc_easy arc_challenge openbookqa
+
+# The small model of proxied experts. What it prints last is the setting small_model's default.
+texts=()
+for task in code/nl2bash finance/banking77 finance/tatqa general/boolq general/self_instruct health/medquad health/pubmedqa \
+    law/legalbench math/gsm8k science/arc_challenge science/arc_easy; do
+    texts+=(--text "$data/experts/$task.train.jsonl.gz")
+done
+small=$($collegium shrink --layers 12 --steps 500 --limit 2000 "${texts[@]}" | tail -n 1)
+medquad=$data/experts/health/medquad
+$collegium proxy health-proxy --small "$small" --examples "$medquad.train.jsonl.gz" --test "$medquad.test.jsonl.gz" --limit 800 \
+    --option rank=16 --description "Questions of patients, answered at length: the base model, steered by a small expert." \
+    --licence "CC BY 4.0 (MedQuAD)"
 
 questions=$(mktemp --suffix=.txt)
 sed -n 's/^## \(.*?\)$/\1/p' docs/faq.md > "$questions"
