@@ -253,7 +253,7 @@ class RemoteServer:
 def serving(model: Model) -> Iterator[RemoteServer]:
     """A server on this machine, for the time of the block."""
     remote = RemoteServer(model)
-    config = uvicorn.Config(remote.app(), port=0, log_level="critical", ws="none", lifespan="off")
+    config = uvicorn.Config(remote.app(), port=0, log_config=None, access_log=False, ws="none", lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -209,7 +209,9 @@ def test_the_shipped_adapters_are_read() -> None:
     assert folders
     for folder in folders:
         lora: LoraWeights = read_lora(folder, folder.name)
-        assert sorted(lora.modules) == sorted((layer, name) for layer in range(30) for name in NAMES)
+        layers = len(lora.modules) // len(NAMES)
+        assert layers in (12, 30)  # of the small model of proxied experts, or of the base model
+        assert sorted(lora.modules) == sorted((layer, name) for layer in range(layers) for name in NAMES)
         assert all(np.isfinite(b.numpy()).all() and b.abs().max() > 0 for _, b in lora.modules.values())
 
 
