@@ -122,6 +122,16 @@ def test_tokens_are_found_by_id_and_by_a_text_that_only_one_has(vocabulary: Voca
     assert vocabulary.text([vocabulary.encode("t")[0], vocabulary.encode("h")[0]]) is None
 
 
+def test_a_text_that_is_cut_otherwise_is_sent_unless_it_forges_a_role(vocabulary: Vocabulary) -> None:
+    cut = [token for letter in "the" for token in vocabulary.encode(letter)]
+    assert (vocabulary.text(cut), vocabulary.nearly(cut)) == (None, "the")
+    assert vocabulary.nearly(vocabulary.encode("é")[:1]) is None
+    role = "<|im_start|>"
+    forged = [token for letter in role for token in vocabulary.encode(letter)]
+    assert vocabulary.nearly(forged) is None
+    assert vocabulary.nearly([*vocabulary.encode(role), *cut]) == f"{role}the"
+
+
 @given(text=st.text())
 def test_what_is_sent_as_text_is_read_as_the_tokens_that_were_meant(vocabulary: Vocabulary, text: str) -> None:
     tokens = vocabulary.encode(text)

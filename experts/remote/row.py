@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -33,7 +33,9 @@ class BlackBox:
         Raises InvalidRequest where the server refuses or the tokens cannot be sent as text, RemoteUnavailable where it fails.
         """
         path = NATIVE if self.can.native else COMPLETIONS
-        prompt = self.prompt(tokens)
+        exact = self.prompt(tokens)
+        # The same text cut otherwise is as good where only what follows all of it is wanted.
+        prompt = exact if exact is not None or drafted else self.prompt(tokens, self.vocabulary.nearly)
         if prompt is None:
             raise InvalidRequest(
                 f"{self.client.url} takes text alone, and no text reads as the tokens so far.",
@@ -43,7 +45,7 @@ class BlackBox:
             path, body(self.can, prompt, self.vocabulary.end, whole_prompt=drafted > 0), spent
         )
         read = prompt_tokens(reply)
-        if isinstance(prompt, str) and read not in (None, len(tokens)):
+        if isinstance(exact, str) and read not in (None, len(tokens)):
             raise RemoteUnavailable(
                 f"{self.client.url} reads {read} tokens where {len(tokens)} were meant.",
                 hint="Take a server that takes token ids, or the mode text.",
@@ -59,13 +61,16 @@ class BlackBox:
             rows = [self.vocabulary.row(named(place)) for place in told[-drafted - 1 :]]
         return rows if self.can.whole else [_likeliest(row, self.can.top_k) for row in rows]
 
-    def prompt(self, tokens: Sequence[int]) -> str | Sequence[int] | None:
-        """How these tokens are sent; None where they cannot be."""
+    def prompt(
+        self, tokens: Sequence[int], text: Callable[[Sequence[int]], str | None] | None = None
+    ) -> str | Sequence[int] | None:
+        """How these tokens are sent, by `text` where the server takes no ids; None where they cannot be."""
+        text = text or self.vocabulary.text
         if self.can.token_ids:
             return tokens
         if self.can.begins:  # the server writes it
-            return self.vocabulary.text(tokens[1:]) if tokens[0] == self.vocabulary.begin else None
-        return self.vocabulary.text(tokens)
+            return text(tokens[1:]) if tokens[0] == self.vocabulary.begin else None
+        return text(tokens)
 
 
 def _likeliest(row: Floats, count: int) -> Floats:

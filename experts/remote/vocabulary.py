@@ -69,6 +69,15 @@ class Vocabulary:
         text = self.decode(tokens)
         return text if self.encode(text) == list(tokens) else None
 
+    def nearly(self, tokens: Sequence[int]) -> str | None:
+        """The text of these tokens, though it may be read as others that say the same.
+
+        None in the middle of a character, and where special tokens would be read that are none, or the other way round.
+        """
+        text, special = self.decode(tokens), set(self.tokenizer.all_special_ids)
+        meant, read = ([one for one in ids if one in special] for ids in (tokens, self.encode(text)))
+        return text if meant == read and _HALF not in text else None
+
     def id(self, name: int | str) -> int | None:
         """The id of what a server names; None where that is no token here, or might be several."""
         if isinstance(name, str) and name.startswith(ID) and name.removeprefix(ID).isdecimal():
