@@ -19,7 +19,7 @@ from ..schema import digest
 from .catalogue import KNOWN_SHA256
 from .convert import convert_gguf
 from .fetch import Progress, fetch
-from .names import ModelName, parse_name
+from .names import parse_name
 from .space import space_for
 
 MANIFEST = "collegium.json"
@@ -47,18 +47,20 @@ class ModelCache:
 
         Raises ModelUnavailable or one of its kin; what they say includes what to do.
         """
-        from filelock import FileLock
-
         parsed = parse_name(name)
-        self._root.mkdir(parents=True, exist_ok=True)
-        final = self._root / parsed.slug
         if parsed.source == "folder":
+            self._root.mkdir(parents=True, exist_ok=True)
             return self._local(name, Path(parsed.location))
-        if not (final / MANIFEST).exists():
-            with FileLock(self._root / f"{parsed.slug}.lock"):
-                if not (final / MANIFEST).exists():  # another process may have made it while we waited
-                    self._make(name, parsed, final, progress)
-        return _read(final)
+
+        def make(ready: Path) -> dict[str, str]:
+            source = ready.with_name("source")
+            source.mkdir()
+            fetch(parsed, source, timeout=self._timeout, progress=progress)
+            hashes = _check(name, source)
+            _convert(source, ready, progress)
+            return hashes
+
+        return self._once(parsed.slug, name, make)
 
     def derive(self, slug: str, name: str, build: Callable[[Path], None]) -> CachedModel:
         """A model that is made of others: the first time, `build` writes a transformers folder.
@@ -66,41 +68,34 @@ class ModelCache:
         `name` names what it is made of by content, and that is its identity: its weights are sums, which differ in the last
         digits from machine to machine. Raises NoSpace, and what `build` raises.
         """
+
+        def make(ready: Path) -> dict[str, str]:
+            build(ready)
+            return {"source": digest(name)}
+
+        return self._once(slug, name, make)
+
+    def _once(self, slug: str, name: str, make: Callable[[Path], Mapping[str, str]]) -> CachedModel:
+        """The model in `slug`. The first time, `make` writes it and gives its hashes; what lies beside it is dropped."""
         from filelock import FileLock
 
         self._root.mkdir(parents=True, exist_ok=True)
         final = self._root / slug
         if not (final / MANIFEST).exists():
             with FileLock(self._root / f"{slug}.lock"):
-                if not (final / MANIFEST).exists():  # as in `get`
-                    self._build(name, final, build)
+                if not (final / MANIFEST).exists():  # another process may have made it while we waited
+                    self._make(name, final, make)
         return _read(final)
 
-    def _build(self, name: str, final: Path, build: Callable[[Path], None]) -> None:
+    def _make(self, name: str, final: Path, make: Callable[[Path], Mapping[str, str]]) -> None:
         partial = self._root / f".partial-{final.name}"
-        for leftover in (partial, final):  # as in `_make`
-            shutil.rmtree(leftover, ignore_errors=True)
-        try:
-            with space_for(partial):
-                build(partial)
-                _write_manifest(name, partial, {"source": digest(name)})
-                sync_tree(partial)
-                partial.rename(final)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
-    def _make(self, name: str, parsed: ModelName, final: Path, progress: Progress | None) -> None:
-        partial = self._root / f".partial-{parsed.slug}"
         for leftover in (partial, final):  # we hold the lock: what is here was left by a process that died
             shutil.rmtree(leftover, ignore_errors=True)
-        source, ready = partial / "source", partial / "ready"
-        source.mkdir(parents=True)
+        partial.mkdir()
+        ready = partial / "ready"
         try:
             with space_for(partial):
-                fetch(parsed, source, timeout=self._timeout, progress=progress)
-                hashes = _check(name, source)
-                _convert(source, ready, progress)
-                _write_manifest(name, ready, hashes)
+                _write_manifest(name, ready, make(ready))
                 sync_tree(ready)
                 ready.rename(final)
         finally:
