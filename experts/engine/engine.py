@@ -204,10 +204,14 @@ class Engine:
                     self._running.append(answering)
 
     def _first(self) -> Answering | None:
-        """Who comes next: the first that came, but those that lean on servers keep to half of the rows and let others pass."""
+        """Who comes next: the first that came and is still wanted.
+
+        Those that lean on servers keep to half of the rows and let others pass.
+        """
         remote = sum(len(one.request.rows) for one in self._running if one.request.remote)
         for one in self._waiting:
-            if not (one.request.remote and remote and remote + len(one.request.rows) > self._max_rows // 2):
+            held = one.request.remote and remote and remote + len(one.request.rows) > self._max_rows // 2
+            if not (one.over or held):
                 return one
         return None
 
