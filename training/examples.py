@@ -1,23 +1,26 @@
-"""Examples: rows of JSON lines that say what an expert should answer. docs/examples.md has their schema."""
+"""Examples: rows that say what an expert should answer. docs/examples.md has their forms and fields."""
 
 from __future__ import annotations
 
-import dataclasses
-import gzip
-import json
 import random
-import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidRequest
+from ..schema import Message
+from .row_files import FORMATS, records
+from .row_forms import fields_of
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row. `choices` is the closed set of answers, `context` what to answer from, `source` the data set it is from."""
+    """One row. `choices` is the closed set of answers, `context` what to answer from, `source` the data set it is from.
+
+    Rows of one `group` (a document, a patient) are never on both sides of a split. `history` are the turns before `prompt`,
+    a system message among them. With `rejected` the row is a preference pair: `answer` is preferred to it.
+    """
 
     prompt: str
     answer: str
@@ -26,13 +29,13 @@ class Example:
     topic: str = ""
     choices: tuple[str, ...] = ()
     context: str = ""
-
-
-_TEXT_FIELDS = tuple(field.name for field in dataclasses.fields(Example) if field.name != "choices")
+    group: str = ""
+    history: tuple[Message, ...] = ()
+    rejected: str = ""
 
 
 def read_examples(paths: Iterable[Path], *, limit: int | None = None) -> list[Example]:
-    """Read `.jsonl` or `.jsonl.gz` files, at most `limit` rows of each: the same ones every time, drawn from the whole file.
+    """Read files of rows, at most `limit` rows of each: the same ones every time, drawn from the whole file.
 
     Raises InvalidRequest that names the file, the line and what is wrong with it.
     """
@@ -40,41 +43,45 @@ def read_examples(paths: Iterable[Path], *, limit: int | None = None) -> list[Ex
     for path in paths:
         read = list(_read_file(path))
         if not read:
-            raise InvalidRequest(
-                f"{path} holds no examples.", hint="Each line is a JSON object with prompt and answer."
-            )
+            raise InvalidRequest(f"{path} holds no examples.", hint=FORMATS)
         # Files are often sorted by answer: their first rows would not show what the task is.
         rows += read if limit is None or limit >= len(read) else random.Random(len(read)).sample(read, limit)
     return rows
 
 
+def to_json(rows: Iterable[Example]) -> list[dict[str, Any]]:
+    """JSON-ready rows; `from_json` reads them back exactly. Empty fields are left out."""
+    names = [field.name for field in fields(Example)]
+    written = []
+    for row in rows:
+        values = {name: getattr(row, name) for name in names}
+        history = [{"role": one.role, "content": one.content} for one in row.history]
+        values = {**values, "choices": list(row.choices), "history": history}
+        written.append({name: value for name, value in values.items() if value})
+    return written
+
+
+def from_json(rows: Sequence[Mapping[str, Any]]) -> list[Example]:
+    """Read what `to_json` wrote."""
+    empty = {"prompt": "", "answer": "", "id": "", "source": ""}
+    return [
+        Example(
+            **{
+                **empty,
+                **row,
+                "choices": tuple(row.get("choices", ())),
+                "history": tuple(Message(one["role"], one["content"]) for one in row.get("history", ())),
+            }
+        )
+        for row in rows
+    ]
+
+
 def _read_file(path: Path) -> Iterator[Example]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _read_row(line, f"{path}:{number}", path.name.split(".")[0], number)
-    except FileNotFoundError:
-        raise InvalidRequest(f"{path} does not exist.", hint="Name .jsonl or .jsonl.gz files.") from None
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InvalidRequest(f"{path} cannot be read as JSON lines: {error}.") from None
-
-
-def _read_row(line: str, where: str, source: str, number: int) -> Example:
-    try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InvalidRequest(f"{where}: not JSON: {error}.") from None
-    if not isinstance(row, dict) or not all(
-        isinstance(row.get(key), str) and row[key].strip() for key in ("prompt", "answer")
-    ):
-        raise InvalidRequest(f"{where}: a row needs 'prompt' and 'answer', both text that is not empty.")
-    choices = row.get("choices") or []
-    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
-        raise InvalidRequest(f"{where}: 'choices' is a list of texts, none of them empty.")
-    if choices and row["answer"] not in choices:
-        raise InvalidRequest(f"{where}: the answer {row['answer']!r} is not among the choices.")
-    given = {key: str(row[key]) for key in _TEXT_FIELDS if row.get(key) is not None}
-    fields: dict[str, Any] = {"id": f"{source}-{number}", "source": source, **given, "choices": tuple(choices)}
-    return Example(**fields)
+    source = path.name.split(".")[0]
+    for number, record in records(path):
+        try:
+            given = fields_of(record)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{path}:{number}: {error.message}", hint=error.hint) from None
+        yield Example(**{"id": f"{source}-{number}", "source": source, **given})
