@@ -32,17 +32,16 @@ from collegium.models.encoder import Encoder
 from collegium.schema import Combination
 from collegium.settings import Settings
 from collegium.training.answerer import EngineAnswerer
-from collegium.training.evaluate import Scorer, answer_of, interval, prompt_of
+from collegium.training.evaluate import SAID_TOKENS, Scorer, answer_of, interval, prompt_of
 from collegium.training.fit_combination import Fitted, fit
 from collegium.training.recipes import Progress
 from collegium.training.record_answers import record
+from collegium.training.similarity import sem_scores
 
 SECTIONS = ("quality", "speed", "remote")
 OTHERS = "medquad"
 """The task that speed, and the error of top k, are measured on."""
 QUICK_ROWS, ROWS = 20, 100
-SEMSCORE_TOKENS = 128
-"""Longest answer that is compared with a long reference."""
 METHODS = {"proxy": "proxy", "mix": "mixture", "comb": "comblm"}
 """Name of a figure -> method."""
 
@@ -149,14 +148,13 @@ def nlls(scorer: Scorer, rows: Rows) -> list[float]:
 
 
 def score(scorer: Scorer, rows: Rows, encoder: Encoder) -> dict[str, list[float]]:
-    """The task's own metrics, a value a row; SemScore (Aynetdinov & Akbik 2024) where answers are long."""
+    """The task's own metrics, a value a row; SemScore where answers are long."""
     results = scorer.score(rows.test)
     if "nll" not in results[0]:
         return {metric: [result[metric] for result in results] for metric in results[0]}
-    answers = scorer.answerer.generate([prompt_of(row, scorer.chat) for row in rows.test], SEMSCORE_TOKENS)
-    given = encoder.encode([scorer.chat.decode(answer) or " " for answer in answers])
-    wanted = encoder.encode([row.answer for row in rows.test])
-    return {"semscore": [float(one) for one in (given * wanted).sum(axis=1)]}
+    answers = scorer.answerer.generate([prompt_of(row, scorer.chat) for row in rows.test], SAID_TOKENS)
+    said = [scorer.chat.decode(answer) for answer in answers]
+    return {"semscore": sem_scores(said, [row.answer for row in rows.test], encoder.encode)}
 
 
 def _figures(
