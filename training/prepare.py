@@ -1,4 +1,4 @@
-"""From examples to token rows: tasks in several wordings, free questions, and a share of general chat.
+"""From examples to token rows: tasks in several wordings, and what the base model itself would say.
 
 An expert answers people, not data sets. Rehearsal (the base model's own answers to questions as people ask them) keeps it
 talking while it learns its tasks; *Replay to Remember* (2025) shows what is lost without.
@@ -43,21 +43,40 @@ def rehearse(model: PreTrainedModel, chat: ChatEncoder, end: int, domain: str) -
 
 
 def token_rows(
-    tasks: Sequence[Example],
-    general: Sequence[Example],
-    rehearsed: Sequence[Row],
-    chat: ChatEncoder,
-    end: int,
-    seed: int,
+    examples: Sequence[Example], chat: ChatEncoder, end: int, seed: int, *, instructions: bool = False
 ) -> list[Row]:
-    """All training rows, shuffled: tasks in a wording drawn for each, general chat as it is, rehearsed answers."""
+    """A row for each example, with the turns before it, in a wording drawn for it.
+
+    With `instructions` the question's tokens are learned too: those of its text, not those of the chat template.
+    """
     rng = random.Random(seed)
+    closing = _closing(chat) if instructions else 0
 
-    def row(prompt: str, answer: str) -> Row:
-        return Row(tuple(chat.encode([Message("user", prompt)])), (*chat.text(answer), end))
+    def row(example: Example) -> Row:
+        asked = ask(example, rng=rng)
+        prompt = chat.encode([*example.history, Message("user", asked)])
+        answer = (*chat.text(example.answer), end)
+        if not instructions:
+            return Row(tuple(prompt), answer)
+        begin = len(prompt) - closing - len(chat.text(asked))
+        learned = (True,) * (len(prompt) - closing - begin) + (False,) * closing + (True,) * len(answer)
+        return Row(tuple(prompt[:begin]), (*prompt[begin:], *answer), learned)
 
-    rows = [row(ask(example, rng=rng), example.answer) for example in tasks]
-    rows += [row(example.prompt, example.answer) for example in general]
-    rows += [*rehearsed] * REHEARSALS
-    rng.shuffle(rows)
-    return rows
+    return [row(example) for example in examples]
+
+
+def blocks(texts: Sequence[str], chat: ChatEncoder, end: int, width: int) -> list[Row]:
+    """The texts one after the other, an end token behind each, cut into rows of `width` tokens, all of which are learned.
+
+    The last row is shorter. No token is padding but in the batch that the last row is in.
+    """
+    stream = [token for text in texts if text.strip() for token in (*chat.text(text), end)]
+    return [Row((), tuple(stream[at : at + width])) for at in range(0, len(stream), width)]
+
+
+def _closing(chat: ChatEncoder) -> int:
+    """Tokens that the template puts between a question and its answer: what the encodings of two questions end with alike."""
+    one, other = (chat.encode([Message("user", text)]) for text in "ab")
+    return next(
+        count for count, pair in enumerate(zip(reversed(one), reversed(other), strict=False)) if len({*pair}) > 1
+    )
