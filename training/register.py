@@ -42,21 +42,23 @@ def register(
     adapter: Path | None = None,
     pairing: Pairing | None = None,
     evidence: Evidence | None = None,
+    system: str | None = None,
     progress: Progress,
     notes: Callable[[str], None] = lambda note: None,
 ) -> Card:
     """Publish a release in which `name` (the domain's by default) answers for the domain; returns its card.
 
     A domain that the router knows keeps its class. An expert without a domain needs an adapter; it is asked for by name, and the
-    router stays as it is. Without a `pairing`, the adapter is one of the base model. `notes` is told, a sentence each, what was
-    not read. Raises InvalidRequest, NameTaken or UnsupportedModel before anything is published.
+    router stays as it is. Without a `pairing`, the adapter is one of the base model. `system` is the new expert's system prompt.
+    `notes` is told, a sentence each, what was not read. Raises InvalidRequest, NameTaken or UnsupportedModel before anything is
+    published.
     """
     name = name or (domain.name if domain else "")
     check_names(home, name, domain.name if domain else None)
     if domain is None and adapter is None:
         raise InvalidRequest(f"{name} would be the base model.", hint="Give it a domain or an adapter.")
     with one_at_a_time(home):
-        return _register(home, domain, name, adapter, pairing, evidence, progress, notes)
+        return _register(home, domain, name, adapter, pairing, evidence, system, progress, notes)
 
 
 def _register(
@@ -66,6 +68,7 @@ def _register(
     adapter: Path | None,
     pairing: Pairing | None,
     evidence: Evidence | None,
+    system: str | None,
     progress: Progress,
     notes: Callable[[str], None],
 ) -> Card:
@@ -75,7 +78,7 @@ def _register(
         learned = learn(home, release, domain, Path(scratch) / "index", progress, notes) if domain else Learned()
         whose = pairing or Pairing(base, lambda lora: lora)
         made = _store(home, adapter, whose, Path(scratch) / "adapter", progress) if adapter else None
-    card = _card(home, release, name, domain, made, base.identity, evidence)
+    card = _card(home, release, name, domain, made, base.identity, evidence, system)
     home.registry.publish(
         cards=[card],
         aliases={name: card.version},
@@ -94,9 +97,10 @@ def _store(home: Home, adapter: Path, pairing: Pairing, scratch: Path, progress:
 
 
 def unregister(home: Home, name: str) -> Release:
-    """Publish a release without the expert `name`; a domain that was added by a user leaves the router and the indexes too.
+    """Publish a release without the expert `name` and without what came with it.
 
-    Raises UnknownExpert that lists the known ones, or InvalidRequest for the base model.
+    That is its domain's index of documents, and the router class where a user taught it; `versions.retire` keeps both. Raises
+    UnknownExpert that lists the known ones, or InvalidRequest for the base model.
     """
     with one_at_a_time(home):
         return _unregister(home, name)
@@ -117,7 +121,7 @@ def _unregister(home: Home, name: str) -> Release:
     return home.registry.publish(
         aliases={name: None},
         router=router,
-        indexes={domain: None} if router and domain in release.indexes else {},
+        indexes={domain: None} if domain in release.indexes else {},
         note=f"remove {name}",
     )
 
@@ -137,6 +141,7 @@ def _card(
     made: tuple[Spec, Canary] | None,
     base: str,
     evidence: Evidence | None,
+    system: str | None,
 ) -> Card:
     """The expert's card. Without a new adapter, an expert that is live stays what it is, with what was measured of it."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -147,7 +152,7 @@ def _card(
         return replace(before, evidence=replace(before.evidence, description=description))
     evidence = evidence or Evidence(description=described, created=now)
     spec, canary = made or (Base(), None)
-    return Card(name, domain.name if domain else "", spec, base, evidence=replace(evidence, canary=canary))
+    return Card(name, domain.name if domain else "", spec, base, system, replace(evidence, canary=canary))
 
 
 def _check_name(name: str) -> None:
