@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class CollegiumError(Exception):
     """What was wrong and where; `hint` says what to do about it.
@@ -53,6 +56,13 @@ class UnknownDomain(CollegiumError):
     """The router knows no domain of this name."""
 
     code = "domain_not_found"
+    status = 404
+
+
+class UnknownJob(CollegiumError):
+    """No job has this id."""
+
+    code = "job_not_found"
     status = 404
 
 
@@ -115,9 +125,20 @@ class Overloaded(CollegiumError):
 
 
 class GateRefused(CollegiumError):
-    """A candidate expert did not beat what is live; the numbers are in the message."""
+    """A candidate expert did not beat what is live; the numbers are in the message, and all that was measured in `report`."""
 
     code = "gate_refused"
+    status = 409
+
+    def __init__(self, message: str, *, hint: str | None = None, report: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.report = dict(report or {})
+
+
+class Cancelled(CollegiumError):
+    """Somebody asked for the end of what was going on."""
+
+    code = "cancelled"
     status = 409
 
 

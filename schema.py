@@ -347,20 +347,41 @@ class Release:
     created: str = ""
 
 
+Standing = Literal["queued", "running", "done", "refused", "failed", "cancelled"]
+
+
 @dataclass(frozen=True, slots=True)
 class JobState:
-    """Where a training job stands. `eta` is in seconds."""
+    """A long piece of work, and where it stands. `plan` is what its kind of work is told; `name` is the expert's.
+
+    `step` of `of` steps of the `stage` are done, 0 of 0 where nobody counts; `eta` is the seconds that the stage still takes.
+    `error` says why it is refused, failed or cancelled, and what to do. `attempts` counts the processes that began on it since
+    it was queued, `worker` is the one at work, `cancel` says that its end was asked for. Dates are ISO 8601 in UTC.
+    """
 
     id: str
     kind: str
-    stage: str
+    name: str
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    state: Standing = "queued"
+    stage: str = ""
     step: int = 0
     of: int = 0
     loss: float | None = None
     eta: float | None = None
-    state: Literal["queued", "running", "done", "refused", "failed", "cancelled"] = "queued"
     error: str | None = None
     report: Mapping[str, Any] = field(default_factory=dict)
+    attempts: int = 0
+    cancel: bool = False
+    worker: int | None = None
+    created: str = ""
+    started: str | None = None
+    ended: str | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more happens to it by itself."""
+        return self.state not in ("queued", "running")
 
 
 def _hashes(*models: str) -> list[str]:

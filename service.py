@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .endpoint import errors as http_errors
+from .endpoint import jobs
 from .endpoint.completions import EventStream, complete
 from .endpoint.errors import ErrorBody
 from .endpoint.incoming import ChatRequest, RouteRequest
@@ -107,16 +108,22 @@ def create_app(settings: Settings | None = None, *, collegium: Collegium | None 
     """
     settings = settings or (collegium.settings if collegium else Settings.load())
     source = Source(settings, collegium)
+    desk = jobs.Desk(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         source.open()
+        keeper = asyncio.create_task(desk.keep_working())
         yield
+        keeper.cancel()
+        await asyncio.to_thread(desk.close)
         await asyncio.to_thread(source.close)
 
     app = FastAPI(title="Collegium", summary="Many domain experts behind one endpoint.", lifespan=lifespan)
     app.state.source = source
+    app.state.desk = desk
     app.include_router(router)
+    app.include_router(jobs.router)
     app.add_middleware(BodyLimit)
     http_errors.install(app)
     return app

@@ -102,6 +102,12 @@ class Settings(BaseModel):
     """Tokens that the small expert drafts for a remote server to verify in one request; 0 asks for each token by itself."""
     remote_failure: Literal["expert", "partial"] = "expert"
     """What follows where a server fails in mid-answer: the small expert goes on alone, or the answer ends as it is."""
+    training_threads: int = Field(default=0, ge=0)
+    """Threads of a training job; 0 takes half of the cores, so that chat on the same machine goes on."""
+    training_memory_mb: int = Field(default=0, ge=0)
+    """Memory that a training job may take, beyond the files that it maps; 0 sets no bound. Held on Linux."""
+    data_folder: Path | None = None
+    """Folder whose files a training job that is asked for over HTTP may name; without it, such a job brings its data along."""
     host: str = "127.0.0.1"
     """Address that `serve` listens on; only this machine's own are allowed."""
     port: int = Field(default=8000, ge=0, le=65535)

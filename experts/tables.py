@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import (
     JSON,
+    Boolean,
     CheckConstraint,
     Column,
     Float,
@@ -17,7 +18,7 @@ from sqlalchemy import (
     Text,
 )
 
-HEAD = "0002"
+HEAD = "0003"
 """The newest migration's revision, so that opening an up-to-date database need not load Alembic."""
 
 metadata = MetaData(
@@ -79,3 +80,30 @@ decisions = Table(
 )
 """A log, so `release` is no foreign key: what was decided outlives what decided it. `prompt_hash` is SHA-256 of the text that
 was routed, `embedding` little-endian float16; `body` holds the rest of the decision."""
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("turn", Integer, nullable=False),
+    Column("kind", String, nullable=False),
+    Column("name", String, nullable=False),
+    Column("plan", JSON, nullable=False),
+    Column("state", String, nullable=False),
+    Column("stage", String, nullable=False),
+    Column("step", Integer, nullable=False),
+    Column("steps", Integer, nullable=False),
+    Column("loss", Float),
+    Column("eta", Float),
+    Column("error", Text),
+    Column("report", JSON, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("cancel", Boolean, nullable=False),
+    Column("worker", Integer),
+    Column("created", String, nullable=False),
+    Column("started", String),
+    Column("ended", String),
+    Index("ix_jobs_state_turn", "state", "turn"),
+)
+"""Long pieces of work, as `schema.JobState` has them. `turn` is the place in the queue; `cancel` says that somebody asked for its
+end; `worker` is the process that works on it, for people to look at: nothing is decided by it, since numbers are given again."""
