@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_experts import experts
+from .cli_jobs import jobs
 from .cli_models import shrink
+from .cli_recipes import recipes
 from .cli_router import decisions, router
 from .cli_shared import AsJson, given, load_settings, open_home, reporting
 from .cli_training import proxy, train
@@ -27,12 +30,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-experts = typer.Typer(help="List, show, add and remove experts.", no_args_is_help=True)
 releases = typer.Typer(help="List releases, go back to one, write one to a folder.", no_args_is_help=True)
 app.add_typer(experts, name="experts")
 app.add_typer(router, name="router")
 app.add_typer(decisions, name="decisions")
 app.add_typer(releases, name="releases")
+app.add_typer(jobs, name="jobs")
+app.add_typer(recipes, name="recipes")
 
 
 def main() -> None:
@@ -152,63 +156,6 @@ app.command()(proxy)
 app.command()(shrink)
 
 
-@experts.command("list")
-def list_experts(as_json: AsJson = False) -> None:
-    """Who is live, and what for."""
-    from .console import show_cards
-
-    with open_home() as home:
-        show_cards(home.cards(home.release()), as_json=as_json)
-
-
-@experts.command("show")
-def show_expert(name: str, as_json: AsJson = False) -> None:
-    """One expert's card: what it is and what was measured."""
-    from .console import show_card
-
-    with open_home() as home:
-        show_card(home.registry.resolve(name, home.release()), as_json=as_json)
-
-
-@experts.command("add")
-def add_expert(
-    name: Annotated[str, typer.Argument(help="Name of the domain and its expert.")],
-    docs: Annotated[list[Path] | None, typer.Option(help="Documents or folders to answer from; repeatable.")] = None,
-    description: Annotated[str, typer.Option(help="What the domain is about, in a sentence.")] = "",
-    examples: Annotated[list[Path] | None, typer.Option(help="Prompts of the domain: JSON lines, or text.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="A PEFT folder (LoRA) to answer with.")] = None,
-    refit: Annotated[bool, typer.Option(help="Refit the router's head where the domain is new to it.")] = True,
-) -> None:
-    """Make a domain live at once: an index over its documents and a router class, on the base model or a given adapter."""
-    from .training.domain import NewDomain, read_prompts
-    from .training.fit_router import refit as refit_head
-    from .training.register import register
-
-    prompts = read_prompts(examples or [])
-    domain = NewDomain(name, description, tuple(docs or ()), prompts)
-    with open_home() as home:
-        before = home.release().router
-        with reporting() as progress:
-            card = register(home, domain, adapter=adapter, progress=progress, notes=_note)
-        typer.echo(f"{card.version} is live.")
-        if refit and home.release().router != before:  # the domain was new to the router
-            with reporting() as progress:
-                progress("refitting the router", 0, 0)
-                release = refit_head(home)
-            typer.echo(f"The router's head was refitted: release {release.id}.")
-
-
-@experts.command("remove")
-def remove_expert(name: str) -> None:
-    """Take an expert out of service; earlier releases keep it."""
-    from .training.register import unregister
-
-    with open_home() as home:
-        release = unregister(home, name)
-    back = f"`collegium releases rollback {release.parent}` brings it back"
-    typer.echo(f"{name} is no longer live (release {release.id}); {back}.")
-
-
 @releases.command("list")
 def list_releases() -> None:
     """Every release, newest first; the live one is marked."""
@@ -250,7 +197,3 @@ def _standard_input() -> str:
         return sys.stdin.read()
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"Standard input is not UTF-8 text: {error}.", hint="Convert it first.") from None
-
-
-def _note(sentence: str) -> None:
-    typer.echo(sentence, err=True)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from .cli_shared import open_home, parse_options, reporting
+from .cli_jobs import finish, watch_job
+from .cli_shared import open_home, parse_options
 
-if TYPE_CHECKING:
-    from .schema import Card
-
-Files = Annotated[list[Path], typer.Option(help="JSON lines with prompt and answer (.jsonl, .jsonl.gz); repeatable.")]
+EXAMPLES = "Rows with prompt and answer: .jsonl, .jsonl.gz, .csv or .parquet (docs/examples.md); repeatable."
+Files = Annotated[list[Path], typer.Option(help=EXAMPLES)]
 Test = Annotated[list[Path] | None, typer.Option(help="Rows to measure with; else a tenth is held out.")]
 General = Annotated[list[Path] | None, typer.Option(help="General chat to mix in, same form.")]
-Recipe = Annotated[str, typer.Option(help="How to train.")]
+Recipe = Annotated[
+    str, typer.Option(help="How to train: `collegium recipes list` lists them; by default what fits the data.")
+]
 Options = Annotated[list[str] | None, typer.Option(help="A recipe's option as NAME=VALUE; repeatable.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Rows of each examples file, at most.")]
 TestLimit = Annotated[int, typer.Option(min=1, help="Rows of each test file, at most.")]
@@ -34,39 +35,60 @@ class Mode(StrEnum):
 
 def train(
     name: Annotated[str, typer.Argument(help="Name of the expert.")],
-    examples: Files,
+    examples: Annotated[list[Path] | None, typer.Option(help=EXAMPLES)] = None,
+    docs: Annotated[list[Path] | None, typer.Option(help="Documents or folders to answer from; repeatable.")] = None,
     domain: Annotated[str, typer.Option(help="Domain that it answers for; by default its name.")] = "",
     description: Description = "",
     test: Test = None,
     general: General = None,
-    recipe: Recipe = "lora-sft",
+    questions: Annotated[
+        list[Path] | None, typer.Option(help="Prompts of the domain for the router: JSON lines, or text.")
+    ] = None,
+    recipe: Recipe = "",
     option: Options = None,
     limit: Limit = None,
     test_limit: TestLimit = 100,
+    mine: Annotated[int, typer.Option(min=0, help="Question-answer pairs made of the documents, at most.")] = 200,
     licence: Licence = "",
+    keep_suspects: Annotated[
+        bool, typer.Option("--keep-suspects", help="Train on rows that look planted too.")
+    ] = False,
     force: Force = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not wait: the job goes on by itself.")] = False,
 ) -> None:
-    """Train an expert, measure it against the base model, and register it if it is better."""
-    from .console import show_card
-    from .training.pipeline import Plan, train_expert
+    """Train an expert from examples or documents, measure it, and register it if it is better; the service goes on meanwhile."""
+    from .console_training import show_outcome
+    from .training.jobs.worker import submit
+    from .training.pipeline import check
+    from .training.plan import Plan
 
     plan = Plan(
         name=name,
-        examples=tuple(examples),
+        examples=tuple(examples or ()),
         test=tuple(test or ()),
         general=tuple(general or ()),
-        domain=domain or name,
+        domain=domain,
         description=description,
         recipe=recipe,
         options=parse_options(option or []),
         licence=licence,
         limit=limit,
         test_limit=test_limit,
+        docs=tuple(docs or ()),
+        questions=tuple(questions or ()),
+        mine=mine,
+        keep_suspects=keep_suspects,
+        force=force,
     )
-    with open_home() as home, reporting() as progress:
-        card, verdict = train_expert(plan, home, force=force, progress=progress)
-    show_card(card)
-    typer.echo(f"{card.version} is live. It is {verdict}.")
+    with open_home() as home:
+        check(plan, home)
+        job = submit(home, "train", name, plan.to_dict())
+        if detach:
+            typer.echo(f"The job {job.id} is queued; `collegium jobs follow {job.id}` watches it.")
+            return
+        job = watch_job(home, job)
+        show_outcome(job, home)
+    finish(job)
 
 
 def proxy(
@@ -94,7 +116,7 @@ def proxy(
     ] = "best",
     domain: Annotated[str, typer.Option(help="Domain that it answers for; without it, it is asked for by name.")] = "",
     description: Description = "",
-    recipe: Recipe = "lora-sft",
+    recipe: Recipe = "",
     option: Options = None,
     limit: Limit = None,
     test_limit: TestLimit = 100,
@@ -102,9 +124,10 @@ def proxy(
     force: Force = False,
 ) -> None:
     """Steer a model that stays as it is with a small tuned one, measure both and all together, and register what is better."""
-    from .console import show_card
-    from .training.pipeline import Plan
-    from .training.proxy import ProxyPlan, Server, proxy_expert
+    from .console_training import show_outcome
+    from .training.jobs.worker import submit
+    from .training.plan import Plan
+    from .training.proxy import ProxyPlan, Server, check
 
     if bool(remote) != bool(remote_model):
         raise typer.BadParameter("--remote and --remote-model go together.")
@@ -123,14 +146,11 @@ def proxy(
         licence=licence,
         limit=limit,
         test_limit=test_limit,
+        force=force,
     )
-    shown: list[Card] = []
     with open_home() as home:
         plan = ProxyPlan(training, small or home.settings.small_model, large, adapter, direct, method, server)
-        try:
-            with reporting() as progress:
-                card, verdicts = proxy_expert(plan, home, force=force, progress=progress, measured=shown.append)
-        finally:  # what was measured is shown of one that is refused too
-            for measured in shown:
-                show_card(measured)
-    typer.echo(f"{card.version} is live. It is {verdicts}.")
+        check(plan, home)
+        job = watch_job(home, submit(home, "proxy", name, plan.to_dict()))
+        show_outcome(job, home)
+    finish(job)

@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 TASKS = {
-    "finance": ("banking77",),
+    "finance": ("banking77", "tatqa"),
     "code": ("nl2bash",),
     "law": ("unfair_tos", "privacyqa", "legalbench"),
     "health": ("pubmedqa", "medmcqa", "medquad"),
     "science": ("arc_easy", "arc_challenge", "openbookqa"),
+    "math": ("mawps", "gsm8k"),
+    "general": ("boolq", "nq_open"),
 }
 """Domain -> tasks, the files `experts/<domain>/<task>.{train,test}.jsonl.gz` of the data folder."""
+TRAINED_ON = {"finance": 4000, "code": 2000, "law": 1000, "health": 350, "science": 1000, "math": 1000, "general": 350}
+"""Rows of each task that the shipped experts, and the adapter that they are compared with, were trained on, at most."""
 
 
 def parser(description: str) -> argparse.ArgumentParser:

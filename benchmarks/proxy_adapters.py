@@ -10,10 +10,10 @@ from pathlib import Path
 
 from collegium.models.cache import CachedModel
 from collegium.settings import Settings
+from collegium.training.bench import Bench
 from collegium.training.examples import Example, read_examples
-from collegium.training.pipeline import Plan, train_adapter
-from collegium.training.recipes import Progress
-from collegium.training.stages import Stages
+from collegium.training.recipes import Material, Progress, load_recipe, parse_options
+from collegium.training.watch import Watch
 from collegium.training.wording import close_labels
 
 TASKS = {
@@ -27,7 +27,7 @@ TRAIN, FEWER = 1600, {"medquad": 800, "arc": 800}
 """Rows that adapters are trained on; fewer where they are long."""
 DEV = 120
 """Rows of the train files that combinations are fitted on."""
-OPTIONS = {"rank": 16}
+RECIPE, OPTIONS = "lora-sft", {"rank": 16, "learning_rate": 1e-3, "epochs": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,5 +53,6 @@ def read_rows(data: Path, task: str, test: int) -> Rows:
 
 def adapter(task: str, rows: Rows, model: CachedModel, work: Path, settings: Settings, progress: Progress) -> Path:
     """The PEFT folder of an adapter of `model` for a task."""
-    plan = Plan(task, (), domain=TASKS[task][0], options=dict(OPTIONS))
-    return train_adapter(plan, rows.train, [], model, Stages(work), settings, progress)[0]
+    recipe, bench = load_recipe(RECIPE), Bench(model, settings, work, Watch(progress))
+    recipe.train(bench, Material(TASKS[task][0], tuple(rows.train)), parse_options(RECIPE, recipe.options, OPTIONS))
+    return bench.folder / "adapter"

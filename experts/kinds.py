@@ -6,7 +6,8 @@ A kind is a function from a card and its host to an `Expert`. A plug-in adds one
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -95,6 +96,16 @@ def open_host(home: Home, base: CachedModel) -> Host:
     engine = open_engine(base, settings, tokenizer)
     models = ModelPool(engine, base, tokenizer, home.models, home.artifacts, settings)
     return Host(engine, ChatEncoder(tokenizer), home.artifacts, base.identity, models, settings)
+
+
+@contextmanager
+def closing_host(home: Home, base: CachedModel) -> Iterator[Host]:
+    """An engine as the home's settings have it, closed at the end. Raises what `open_host` raises."""
+    host = open_host(home, base)
+    try:
+        yield host
+    finally:
+        host.engine.close()
 
 
 def open_base(card: Card, host: Host) -> Expert:

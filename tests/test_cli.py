@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import resource
@@ -184,7 +185,7 @@ def test_version(run: Run) -> None:
         ("chat", "hello", "--temperature", "3"),
         ("chat", "hello", "world"),
         ("experts", "show"),
-        ("train", "music"),
+        ("train", "music", "--limit", "0"),
         ("releases", "rollback", "yesterday"),
     ],
 )
@@ -432,9 +433,12 @@ def test_a_command_that_is_stopped_says_so(reading: Run, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    row = {"prompt": "the guitar and the violin", "answer": "white", "choices": ["red", "white"]}
+    things = itertools.permutations(["guitar", "violin", "river", "mountain", "kitchen", "soup", "recipe"], 2)
+    rows = [
+        {"prompt": f"the {one} and the {two}", "answer": "white", "choices": ["red", "white"]} for one, two in things
+    ]
     file = tmp_path / "wine.jsonl"
-    file.write_text(f"{json.dumps(row)}\n" * 20, "utf-8")
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return file
 
 
@@ -468,17 +472,17 @@ def test_training_is_refused_or_forced(writing: Run, rows: Path, home: Home) -> 
     command = ["train", "music", "--examples", rows, *options, "--description", "Guitars."]
     refused = writing(*command)
     assert refused.status == 1
-    assert refused.said.startswith("collegium: music is not better: ")
+    assert "collegium: music is not better than the base: " in refused.err
     assert "--force" in refused.said
     assert "music" not in home.release().aliases
     forced = writing(*command, "--force")
     card = home.cards(home.release())["music"]
     assert forced.status == 0
     assert card.evidence.forced
-    assert f"{card.version} is live. It is not better: " in forced.out
+    assert f"{card.version} is live. Gate: not better than the base: " in forced.out
     assert "(forced)" in forced.out
     assert card.evidence.recipe["learning_rate"] == 0
-    assert "gate: not better" in writing("experts", "show", "music").out
+    assert "gate: not better than the base" in writing("experts", "show", "music").out
 
 
 def test_a_router_is_fitted_anew(writing: Run, home: Home, tmp_path: Path) -> None:

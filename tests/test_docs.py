@@ -234,37 +234,6 @@ def test_blocks_of_extending_run(block: Block, plugins: None) -> None:
     exec(compile(source, DOCS / "extending.md", "exec", dont_inherit=True), {"__name__": "block"})
 
 
-def test_the_recipe_of_extending_trains_an_adapter_that_is_taken_in(
-    plugins: None, tiny_base: Path, tmp_path: Path
-) -> None:
-    import torch
-
-    from collegium.errors import InvalidRequest
-    from collegium.experts.adapters import store_adapter
-    from collegium.experts.artifacts import ArtifactStore
-    from collegium.models.cache import ModelCache
-    from collegium.models.load import load_lm, load_tokenizer
-    from collegium.training.recipes import Row, load_recipe
-
-    base = ModelCache(tmp_path / "models").get(str(tiny_base))
-    model = load_lm(base, device=torch.device("cpu"), dtype=torch.bfloat16)
-    tokenizer, seen = load_tokenizer(base), []
-    recipe = load_recipe("qv-lora")
-    report = recipe(
-        model,
-        tokenizer,
-        [Row((5, 6, 7), (8, 9)), Row((7, 6), (4,))],
-        tmp_path / "adapter",
-        options={"rank": 2, "epochs": 8, "learning_rate": 0.05},
-        progress=lambda stage, done, of: seen.append((done, of)),
-    )
-    assert store_adapter(tmp_path / "adapter", base, ArtifactStore(tmp_path / "store"), tmp_path / "scratch").rank == 2
-    assert report["losses"][-2] < report["losses"][0]
-    assert seen[-1] == (16, 16)
-    with pytest.raises(InvalidRequest, match="no option alpha"):
-        recipe(model, tokenizer, [], tmp_path / "none", options={"alpha": 1}, progress=lambda stage, done, of: None)
-
-
 def test_the_example_in_process_runs(
     tiny_settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from collegium.experts.combination import formula
 from collegium.experts.engine.request import BASE, Request, Row
 from collegium.experts.engine.slots import Adapter
 from collegium.experts.home import Home
+from collegium.experts.kinds import closing_host
 from collegium.experts.shrunk import Shrunk
 from collegium.runtime import Collegium
 from collegium.schema import ARTIFACT, Card, Combination, Message, Proxy, Sampling, Score, card_from_dict, card_to_dict
@@ -26,10 +27,11 @@ from collegium.tests.engine_doubles import collect
 from collegium.tests.engine_models import tiny_lora
 from collegium.tests.test_training_pipeline import idle, silent, write
 from collegium.training import recipes
+from collegium.training.bench import Bench
 from collegium.training.gate import Verdicts
-from collegium.training.pipeline import Plan
-from collegium.training.proxy import ProxyPlan, closing_host, proxy_expert, set_aside
-from collegium.training.recipes import Progress
+from collegium.training.plan import Plan
+from collegium.training.proxy import ProxyPlan, proxy_expert, set_aside
+from collegium.training.watch import Progress
 
 SHOWN = "explain the contract of the plaintiff"
 TRUTH = Combination("proxy", 1.0)
@@ -75,7 +77,8 @@ def world(make_settings: Callable[..., Settings], tmp_path_factory: pytest.TempP
                     request = Request(
                         tuple(all_rows[part] for part in asked.parts), asked.combiner, sampling, seed=number
                     )
-                    answer = collect(host.engine.submit(request)).text
+                    said = collect(host.engine.submit(request)).text
+                    answer = "".join(letter for letter in said if letter.isascii() and letter.isprintable())
                     rows.append({"prompt": f"the guitar and violin {number}", "answer": answer, "source": "medquad"})
                 write(folder / f"{truth.method}-examples.jsonl", rows[:24])
                 write(folder / f"{truth.method}-test.jsonl", rows[24:])
@@ -197,22 +200,29 @@ def idle_but_for(*stages: str) -> Progress:
     return lambda what, done, of: None if what in stages else idle(what, done, of)
 
 
-def copying(
-    model: object, tokenizer: object, rows: Sequence[object], folder: Path, *, options: Any, progress: Progress
-) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Copied:
+    adapter: str = ""
+    calls: str = ""
+
+
+def copy(bench: Bench, material: recipes.Material, options: Copied) -> dict[str, Any]:
     """A recipe that writes an adapter that is there already."""
-    with Path(options["calls"]).open("a") as calls:
+    with Path(options.calls).open("a") as calls:
         calls.write("called\n")
-    progress("training", 1, 1)
-    shutil.copytree(options["adapter"], folder)
-    return {"rows": len(rows), "losses": [1.0]}
+    bench.watch.progress("training", 1, 1)
+    bench.once("adapter", lambda folder: shutil.copytree(options.adapter, folder, dirs_exist_ok=True) and None)
+    return {"rows": len(material.tasks), "losses": [1.0]}
+
+
+COPYING = recipes.Recipe(Copied, copy)
 
 
 def test_a_job_that_is_run_again_goes_on(
     world: World, home: Home, adapters: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Here the small model is the base, the large one is the shrunk one, and the expert gets the domain of another."""
-    monkeypatch.setitem(recipes.BUILT_IN, "copying", "tests.test_training_proxy:copying")
+    monkeypatch.setitem(recipes.BUILT_IN, "copying", "tests.test_training_proxy:COPYING")
     calls = tmp_path / "calls"
     options = {"adapter": str(adapters["code"]), "calls": str(calls)}
     given = world.plan("law", TRUTH, domain="law", recipe="copying", options=options)
@@ -249,7 +259,7 @@ def test_a_job_that_is_run_again_goes_on(
         ({"examples": (Path("missing.jsonl"),)}, InvalidRequest, "missing.jsonl does not exist"),
         ({"general": (Path("missing.jsonl"),), "adapter": None}, InvalidRequest, "missing.jsonl does not exist"),
         ({"general": (Path("missing.jsonl"),)}, InvalidRequest, "Nothing is trained"),
-        ({"adapter": None, "recipe": "lora-dpo"}, InvalidRequest, "no recipe 'lora-dpo'"),
+        ({"adapter": None, "recipe": "lora-xyz"}, InvalidRequest, "no recipe 'lora-xyz'"),
         ({"adapter": None}, ArtifactCorrupt, "Make one with `collegium shrink`"),
         ({"adapter": None, "small": BASE, "large": "nowhere"}, InvalidRequest, "'nowhere' is not the name of a model"),
         (

@@ -18,7 +18,7 @@ from collegium.schema import Card, Remote
 from collegium.settings import Settings
 from collegium.tests.remote_server import Model, RemoteServer, serving
 from collegium.tests.test_training_pipeline import idle, silent, write
-from collegium.training.pipeline import Plan
+from collegium.training.plan import Plan
 from collegium.training.proxy import ProxyPlan, Server, proxy_expert
 
 MODELS = iter(range(1000))

@@ -12,7 +12,7 @@ from ..errors import InvalidRequest
 from ..experts.home import Home
 from ..models.cache import CachedModel
 from ..models.encoder import Encoder
-from ..retrieval import Chunk, build_index, chunk, read_documents
+from ..retrieval import Chunk, Document, build_index, chunk, read_documents
 from ..router.artifact import RouterArtifact
 from ..router.encoder import Encoders
 from ..router.router import Router
@@ -27,12 +27,16 @@ ENOUGH_PROMPTS = 20
 
 @dataclass(frozen=True, slots=True)
 class NewDomain:
-    """What a domain is made from: documents to answer from, prompts that belong to it, a description."""
+    """What a domain is made from: documents to answer from, prompts that belong to it, a description.
+
+    `docs` are files and folders to read, `documents` were read already.
+    """
 
     name: str
     description: str = ""
     docs: tuple[Path, ...] = ()
     prompts: tuple[str, ...] = ()
+    documents: tuple[Document, ...] = ()
 
 
 def read_prompts(paths: Sequence[Path]) -> tuple[str, ...]:
@@ -87,11 +91,12 @@ def learn(
 
 
 def _chunks(domain: NewDomain, notes: Callable[[str], None]) -> list[Chunk]:
-    if not domain.docs:
-        return []
-    documents, unread = read_documents(domain.docs)
-    for sentence in unread:
-        notes(sentence)
+    documents = list(domain.documents)
+    if domain.docs:
+        read, unread = read_documents(domain.docs)
+        documents += read
+        for sentence in unread:
+            notes(sentence)
     return [piece for document in documents for piece in chunk(document)]
 
 

@@ -1,177 +1,239 @@
-"""From examples to a measured, registered expert."""
+"""From documents or examples to a measured, registered, live expert: the stages of a training job.
+
+intake > documents > mine > train > measure > gate > register. What is finished is on the disk and is not done again.
+"""
 
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import GateRefused, InvalidRequest
 from ..experts.home import Home
-from ..models.cache import CachedModel, sha256
+from ..experts.kinds import closing_host
+from ..models.cache import CachedModel
 from ..models.chat import ChatEncoder
-from ..models.load import load_lm, load_tokenizer, pick_device, pick_dtype
-from ..schema import Card, Evidence, Score, digest
+from ..models.encoder import Encoder
+from ..models.load import load_tokenizer
+from ..schema import Card, Evidence, Lora, Score, digest
 from ..settings import Settings
-from .answerer import TorchAnswerer
-from .domain import NewDomain
-from .evaluate import Results, Scorer, by_task, compare, probes
-from .examples import Example, read_examples
-from .gate import FEWEST_ROWS, Verdict, Verdicts, judge
-from .prepare import rehearse, token_rows
-from .recipes import Progress, Row, load_recipe
+from .asking import AskModel
+from .bench import Bench
+from .curate import curate
+from .domain import NewDomain, read_prompts
+from .examples import Example, from_json, to_json
+from .fit_router import refit
+from .gate import Verdict, Verdicts, decide
+from .intake import Taken, take_in
+from .lookup import lookup
+from .measure import Measured, measure
+from .mining import mine, texts_of
+from .plan import Plan, digest_of, plan_from_dict, training_folder
+from .reading import comprehension
+from .recipes import Material, load_recipe, parse_options
 from .register import check_names, register
+from .split import split
 from .stages import Stages
-from .wording import close_labels
+from .watch import Watch
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-HELD_OUT = 10
-"""Without test files, one row in so many is held out to measure with."""
 ROUTER_PROMPTS = 400
 """Prompts that the router learns a new domain from, at most."""
+FROM_DOCUMENTS = "qa.json"
+FEWEST_MINED = 40
+"""Question-answer pairs of documents that are worth training on: of fewer, none could be measured with."""
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What to train, from which files, and how.
+class Outcome:
+    """What came of a job: the card that is live for the name, the gate's word on the adapter if there is one, and the report."""
 
-    `limit` is the rows taken of each examples file, `test_limit` of each test file.
+    card: Card
+    verdicts: Verdicts | None
+    report: dict[str, Any]
+
+
+def work(plan: dict[str, Any], home: Home, watch: Watch, *, folder: Path) -> dict[str, Any]:
+    """Work off a plan as a job; returns the report. Raises what `train_expert` raises.
+
+    The stages are the plan's and not in the job's `folder`: the same plan goes on in another job, forced perhaps.
     """
-
-    name: str
-    examples: tuple[Path, ...]
-    test: tuple[Path, ...] = ()
-    general: tuple[Path, ...] = ()
-    domain: str = ""
-    description: str = ""
-    recipe: str = "lora-sft"
-    options: dict[str, Any] = field(default_factory=dict)
-    licence: str = ""
-    limit: int | None = None
-    test_limit: int = 100
-    seed: int = 17
+    return train_expert(plan_from_dict(plan), home, watch).report
 
 
-def job_folder(jobs: Path, plan: Plan, base: CachedModel) -> Path:
-    """The folder of the job: the same plan on the same files and base goes on in the same folder."""
-    files = {
-        kind: [sha256(path) for path in paths]
-        for kind, paths in (("examples", plan.examples), ("general", plan.general))
-    }
-    what = [plan.name, plan.domain, plan.recipe, plan.options, plan.limit, plan.seed, base.identity, files]
-    if not plan.test:  # then it decides which rows are held out of the examples
-        what.append(plan.test_limit)
-    return jobs / f"{plan.name}-{digest(what)[:12]}"
+def train_expert(plan: Plan, home: Home, watch: Watch) -> Outcome:
+    """Train, measure, and register what passes the gate; what is finished already is not done again.
+
+    Documents answer at once, on the expert that is live or on the base model; the adapter follows. Where it is not better, a
+    domain with documents stays as it is and the report says so; without documents GateRefused has the numbers, unless the plan
+    is forced.
+    """
+    # What can be wrong is found before hours are spent on it.
+    check(plan, home)
+    base = home.models.get(home.settings.base_model, watch.progress)
+    stages = Stages(training_folder(home.root / "trainings", plan, base))
+    watch.progress("reading", 0, 0)
+    taken = take_in(plan, stages)
+    card = answer_from_documents(plan, home, taken, stages, watch) if taken.documents else None
+    taken = with_mined(plan, home, base, taken, stages, watch)
+    if card and not taken.training:
+        return Outcome(card, None, taken.report | {"live": card.version, "gate": "no adapter was trained"})
+    adapter, told = train_adapter(plan, taken, base, stages, home.settings, watch)
+    measured = measure_adapter(plan, home, base, adapter, taken, stages, watch)
+    verdicts = decide(measured)
+    report = taken.report | {"recipe": told, "gate": str(verdicts), "scores": measured.to_dict()}
+    if not verdicts.passed and not plan.force:
+        refused = f"{plan.name} is {verdicts}. It was not registered; its adapter is in {adapter}."
+        if card is None:
+            hint = "Add or clean examples, or register it all the same with --force, which its card will say."
+            raise GateRefused(refused, hint=hint, report=report)
+        live = f"The domain is live with its documents on {'base' if not card.evidence.scores else card.version}."
+        return Outcome(card, verdicts, report | {"live": card.version, "refused": f"{refused} {live}"})
+    evidence = make_evidence(plan, measured.scores(), verdicts, told)
+    domain = new_domain(plan, plan.domain or plan.name, taken.training)
+    card = go_live(home, domain, watch, name=plan.name, adapter=adapter, evidence=evidence)
+    return Outcome(card, verdicts, report | {"live": card.version})
+
+
+def check(plan: Plan, home: Home) -> None:
+    """Find what can be wrong without reading a row. Raises InvalidRequest or NameTaken."""
+    check_names(home, plan.name, plan.domain or plan.name)
+    plan.check_files()
+    if not (plan.examples or plan.docs):
+        raise InvalidRequest("There is nothing to train on.", hint="Give examples or documents.")
+    name = plan.recipe or "lora-sft"
+    parse_options(name, load_recipe(name).options, plan.options)
+
+
+def answer_from_documents(plan: Plan, home: Home, taken: Taken, stages: Stages, watch: Watch) -> Card:
+    """Have the domain answer from its documents: an index and a router class, on who is live for it or on the base model."""
+    name = plan.domain or plan.name
+
+    def going_live(folder: Path) -> dict[str, Any]:
+        asked = [row.prompt for row in comprehension(taken.documents, seed=plan.seed, limit=ROUTER_PROMPTS)]
+        domain = replace(new_domain(plan, name, taken.training), documents=taken.documents)
+        if not domain.prompts:
+            domain = replace(domain, prompts=tuple(asked))
+        return {"version": go_live(home, domain, watch, name=plan.name).version}
+
+    stages.run("documents", going_live)
+    release = home.release()
+    if plan.name not in release.aliases:
+        raise InvalidRequest(f"{plan.name} was taken out of service since.", hint="Begin anew with another seed.")
+    return home.registry.card(release.aliases[plan.name])
+
+
+def go_live(home: Home, domain: NewDomain, watch: Watch, **what: Any) -> Card:
+    """Register, and let the router's head settle where the domain is new to it. Raises what `register` raises."""
+    before = home.release().router
+    card = register(home, domain, progress=watch.progress, **what)
+    if home.release().router != before:
+        watch.progress("refitting the router", 0, 0)
+        refit(home)
+    return card
+
+
+def with_mined(plan: Plan, home: Home, base: CachedModel, taken: Taken, stages: Stages, watch: Watch) -> Taken:
+    """With the question-answer pairs that the documents give, on the sides on which their documents are."""
+    if not taken.documents or not plan.mine:
+        return taken
+
+    def mining(folder: Path) -> dict[str, Any]:
+        read = comprehension(taken.documents, seed=plan.seed, limit=plan.mine)
+        with closing_host(home, base) as host:
+            encoder = Encoder(home.models.get(home.settings.encoder, watch.progress))
+            found = mine(
+                taken.documents,
+                AskModel(host),
+                limit=plan.mine,
+                seed=plan.seed,
+                progress=partial(watch.progress, "mining questions"),
+                embed=encoder.encode,
+            )
+        rows = curate([*found.examples, *read], held_out=taken.held_out).rows
+        (folder / FROM_DOCUMENTS).write_text(json.dumps(to_json(rows)), "utf-8")
+        return {"mined": found.report, "rewritten": len(read), "kept": len(rows)}
+
+    folder, report = stages.run("mine", mining)
+    rows = from_json(json.loads((folder / FROM_DOCUMENTS).read_text("utf-8")))
+    told = taken.report | {"from_documents": report}
+    if len(rows) < FEWEST_MINED:
+        return replace(taken, report=told)
+    if len({row.group for row in rows}) == 1:  # there is nothing else to hold out than parts of the one document
+        rows = [replace(row, group="") for row in rows]
+    # Rows of test files say what the domain is measured by; without any, what the documents say is held out too.
+    training, held_out = (rows, []) if plan.test else split(rows, test_limit=plan.test_limit, seed=plan.seed)
+    return replace(
+        taken,
+        training=(*taken.training, *training),
+        held_out=(*taken.held_out, *held_out),
+        report=told,
+    )
 
 
 def train_adapter(
-    plan: Plan,
-    tasks: Sequence[Example],
-    general: Sequence[Example],
-    base: CachedModel,
-    stages: Stages,
-    settings: Settings,
-    progress: Progress,
+    plan: Plan, taken: Taken, base: CachedModel, stages: Stages, settings: Settings, watch: Watch
 ) -> tuple[Path, dict[str, Any]]:
-    """Rehearse, and train on `tasks` and `general`; returns the PEFT folder and the recipe's report."""
-    import torch
-
-    tokenizer = load_tokenizer(base)
-    chat, end = ChatEncoder(tokenizer), int(tokenizer.eos_token_id)
-
-    def load() -> PreTrainedModel:
-        return load_lm(base, device=pick_device(settings.device), dtype=torch.bfloat16)
-
-    def rehearsal(folder: Path) -> None:
-        progress("rehearsing", 0, 0)
-        rows = rehearse(load(), chat, end, plan.domain or plan.name)
-        (folder / "rows.json").write_text(json.dumps([[row.prompt, row.answer] for row in rows]), "utf-8")
+    """Train with the plan's recipe; returns the PEFT folder and the recipe's report."""
+    recipe = load_recipe(recipe_of(plan, taken))
+    options: Any = parse_options(recipe_of(plan, taken), recipe.options, plan.options)
+    material = Material(
+        plan.domain or plan.name, tuple(taken.training), tuple(taken.general), tuple(texts_of(taken.documents))
+    )
 
     def training(folder: Path) -> dict[str, Any]:
-        rehearsed = [
-            Row(tuple(p), tuple(a)) for p, a in json.loads((rehearsed_folder / "rows.json").read_text("utf-8"))
-        ]
-        rows = token_rows(tasks, general, rehearsed, chat, end, plan.seed)
-        recipe = load_recipe(plan.recipe)
-        return recipe(load(), tokenizer, rows, folder / "adapter", options=plan.options, progress=progress)
+        recipe.check(material)
+        bench = Bench(base, settings, stages.root, watch, plan.seed)
+        return {"name": recipe_of(plan, taken)} | recipe.train(bench, material, options)
 
-    rehearsed_folder, _ = stages.run("rehearse", rehearsal)
-    folder, report = stages.run("train", training)
-    return folder / "adapter", report
+    _, report = stages.run("train", training)
+    return stages.root / "adapter", report
 
 
-def split(plan: Plan) -> tuple[list[Example], list[Example]]:
-    """Training rows and held-out rows: the test files where the plan names some, else a tenth of the examples."""
-    rows = read_examples(plan.examples, limit=plan.limit)
-    if plan.test:
-        return rows, close_labels(read_examples(plan.test, limit=plan.test_limit), rows)
-    shuffled = random.Random(plan.seed).sample(rows, len(rows))
-    held_out = min(plan.test_limit, max(len(rows) // HELD_OUT, min(FEWEST_ROWS, len(rows) // 2)))
-    if not held_out:
-        raise InvalidRequest(
-            "One example is too few: some are trained on, others are held out.", hint="Give ten at least."
-        )
-    return shuffled[held_out:], close_labels(shuffled[:held_out], shuffled[held_out:])
+def recipe_of(plan: Plan, taken: Taken) -> str:
+    """The plan's recipe, or the one that fits what there is: preference pairs, documents alone, or examples."""
+    if plan.recipe:
+        return plan.recipe
+    if any(row.rejected for row in taken.training):
+        return "lora-dpo"
+    return "cpt-sft" if taken.documents and not plan.examples else "lora-sft"
 
 
-def evaluate_adapter(
-    plan: Plan,
-    held_out: Sequence[Example],
-    base: CachedModel,
-    adapter: Path,
-    stages: Stages,
-    settings: Settings,
-    progress: Progress,
-) -> tuple[Results, Results]:
-    """Results of the candidate and of the base model on the `held_out` rows, in torch's precision for the one that serves."""
-    from peft import PeftModel
+def measure_adapter(
+    plan: Plan, home: Home, base: CachedModel, adapter: Path, taken: Taken, stages: Stages, watch: Watch
+) -> Measured:
+    """The candidate beside the base model and the live expert, on rows that nobody was trained on."""
+    name = plan.domain or plan.name
+    live = live_adapter(home, name, base)
 
-    def evaluation(folder: Path) -> dict[str, Any]:
-        tokenizer = load_tokenizer(base)
-        device = pick_device(settings.device)
-        model = load_lm(base, device=device, dtype=pick_dtype(settings.precision, device))
-        tuned = PeftModel.from_pretrained(model, str(adapter)).eval()
-        scorer = Scorer(TorchAnswerer(tuned, int(tokenizer.eos_token_id)), ChatEncoder(tokenizer))
-        rows = [*held_out, *probes(plan.domain or plan.name)]
-        candidate = by_task(rows, scorer.score(rows, lambda done, of: progress("measuring the expert", done, of)))
-        with tuned.disable_adapter():
-            reference = by_task(rows, scorer.score(rows, lambda done, of: progress("measuring the base", done, of)))
-        return {"candidate": flat(candidate), "base": flat(reference)}
+    def measuring(folder: Path) -> dict[str, Any]:
+        adapters = {"candidate": adapter, "base": None} | ({"live": live} if live else {})
+        chat = ChatEncoder(load_tokenizer(base))
+        context = lookup(home, name, chat)
+        return measure(name, taken.held_out, base, adapters, home.settings, watch.progress, context=context).to_dict()
 
-    _, report = stages.run(f"evaluate-{_test_digest(plan)}", evaluation)
-    return deep(report["candidate"]), deep(report["base"])
+    settings = home.settings  # of another precision, or beside another live expert, it is measured again
+    identity = [
+        settings.precision,
+        settings.device,
+        str(live),
+        home.release().indexes.get(name),
+        to_json(taken.held_out),
+    ]
+    _, report = stages.run(f"measure-{digest(identity)[:12]}", measuring)
+    return Measured.of(report)
 
 
-def train_expert(plan: Plan, home: Home, *, force: bool, progress: Progress) -> tuple[Card, Verdict]:
-    """Train, measure, and register what passes the gate; what is finished already is not done again.
-
-    Raises GateRefused with the numbers where the candidate is not better than the base, unless `force`d.
-    """
-    # What can be wrong is found before hours are spent on it.
-    check_names(home, plan.name, plan.domain or plan.name)
-    load_recipe(plan.recipe)
-    tasks, held_out = split(plan)
-    general = read_examples(plan.general)
-    base = home.models.get(home.settings.base_model, progress)
-    stages = Stages(job_folder(home.root / "jobs", plan, base))
-    adapter, report = train_adapter(plan, tasks, general, base, stages, home.settings, progress)
-    candidate, reference = evaluate_adapter(plan, held_out, base, adapter, stages, home.settings, progress)
-    verdict = judge(candidate, reference)
-    if not verdict.passed and not force:
-        raise GateRefused(
-            f"{plan.name} is {verdict}. It was not registered; its adapter is in {adapter}.",
-            hint="Add or clean examples, or register it all the same with --force, which its card will say.",
-        )
-    evidence = make_evidence(plan, compare(candidate, reference), verdict, report)
-    domain = new_domain(plan, plan.domain or plan.name, tasks)
-    card = register(home, domain, name=plan.name, adapter=adapter, evidence=evidence, progress=progress)
-    return card, verdict
+def live_adapter(home: Home, domain: str, base: CachedModel) -> Path | None:
+    """The PEFT folder of the adapter that answers for the domain now, where there is one for this base model."""
+    for card in home.cards(home.release()).values():
+        if card.domain == domain and isinstance(card.spec, Lora) and card.base == base.identity:
+            return home.artifacts.verify(card.spec.adapter)
+    return None
 
 
 def make_evidence(
@@ -183,28 +245,17 @@ def make_evidence(
         scores=scores,
         gate=str(verdict),
         forced=not verdict.passed,
-        recipe={"name": plan.recipe, **{key: value for key, value in report.items() if key != "losses"}},
-        data={f"{path.parent.name}/{path.name}": sha256(path) for path in (*plan.examples, *plan.general, *plan.test)},
+        recipe={key: value for key, value in report.items() if key != "losses"},
+        data={
+            f"{path.parent.name}/{path.name}": digest_of(path)
+            for path in (*plan.examples, *plan.docs, *plan.general, *plan.test)
+        },
         licence=plan.licence,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
 def new_domain(plan: Plan, name: str, tasks: Sequence[Example]) -> NewDomain:
-    """The plan's domain, with prompts that teach it to the router."""
-    prompts = [example.prompt for example in tasks[:ROUTER_PROMPTS]]
-    return NewDomain(name, plan.description, prompts=tuple(prompts))
-
-
-def _test_digest(plan: Plan) -> str:
-    return digest([[sha256(path) for path in plan.test], plan.test_limit])[:12]
-
-
-def flat(results: Results) -> list[list[Any]]:
-    """As JSON-ready values; `deep` reads them back."""
-    return [[task, metric, values] for (task, metric), values in results.items()]
-
-
-def deep(rows: list[list[Any]]) -> Results:
-    """Read what `flat` wrote."""
-    return {(task, metric): values for task, metric, values in rows}
+    """The plan's domain, with prompts that teach it to the router: the questions given for it, else what it is trained on."""
+    prompts = read_prompts(plan.questions) or tuple(example.prompt for example in tasks[:ROUTER_PROMPTS])
+    return NewDomain(name, plan.description, prompts=prompts)

@@ -8,30 +8,32 @@ tuned directly.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import ArtifactCorrupt, GateRefused, InvalidRequest
 from ..experts.engine.request import BASE
 from ..experts.home import Home
-from ..experts.kinds import Host, open_host
+from ..experts.kinds import Host, closing_host
 from ..experts.remote.client import check_address
 from ..models.cache import CachedModel
-from ..schema import ARTIFACT, Card
+from ..schema import ARTIFACT, Card, card_to_dict
 from .evaluate import probes
-from .examples import Example, read_examples
+from .examples import Example
 from .fit_combination import METHODS
 from .gate import Verdicts
-from .pipeline import Plan, job_folder, make_evidence, new_domain, split
+from .intake import take_in
+from .pipeline import make_evidence, new_domain
+from .plan import Plan, plan_from_dict, training_folder
 from .proxy_job import ProxyJob, Rows
 from .proxy_local import in_process
 from .proxy_remote import at_server
-from .recipes import Progress, load_recipe
+from .recipes import Progress, load_recipe, parse_options
 from .register import Pairing, check_names, register
 from .stages import Stages
+from .watch import Watch
 
 DEV_ROWS = 300
 """Rows that are kept from training to fit a combination on: at most, and at most one in `DEV_SHARE`."""
@@ -66,6 +68,45 @@ class ProxyPlan:
     method: str = "best"
     server: Server | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-ready values; `proxy_plan_from_dict` reads them back."""
+        paths = {name: str(path.absolute()) if path else None for name, path in self._paths.items()}
+        server = asdict(self.server) if self.server else None
+        named = {"small": self.small, "large": self.large, "method": self.method, "server": server}
+        return {"training": self.training.to_dict(), **named, **paths}
+
+    @property
+    def _paths(self) -> dict[str, Path | None]:
+        return {"adapter": self.adapter, "direct": self.direct}
+
+
+def proxy_plan_from_dict(values: Mapping[str, Any]) -> ProxyPlan:
+    """Read what `to_dict` wrote. Raises InvalidRequest where a field is unknown, missing or mistyped."""
+    try:
+        server = Server(**values["server"]) if values.get("server") else None
+        paths = {name: Path(values[name]) for name in ("adapter", "direct") if values.get(name)}
+        read = {**values, "adapter": None, "direct": None, **paths, "server": server}
+        return ProxyPlan(**{**read, "training": plan_from_dict(values["training"])})
+    except (KeyError, TypeError) as error:
+        known = ", ".join(field.name for field in fields(ProxyPlan))
+        raise InvalidRequest(f"This is no plan of a proxied expert: {error}.", hint=f"Known: {known}.") from None
+
+
+def work(plan: dict[str, Any], home: Home, watch: Watch, *, folder: Path) -> dict[str, Any]:
+    """Work off a plan as a job; the report has the card with all that was measured. Raises what `proxy_expert` raises.
+
+    The stages are the plan's and not in the job's `folder`.
+    """
+    read = proxy_plan_from_dict(plan)
+    shown: list[Card] = []
+    force = read.training.force
+    try:
+        card, verdicts = proxy_expert(read, home, force=force, progress=watch.progress, measured=shown.append)
+    except GateRefused as refused:
+        report = {"card": card_to_dict(shown[-1])} if shown else {}
+        raise GateRefused(refused.message, hint=refused.hint, report=report) from None
+    return {"live": card.version, "gate": str(verdicts)}
+
 
 def proxy_expert(
     plan: ProxyPlan,
@@ -82,16 +123,16 @@ def proxy_expert(
     """
     training = plan.training
     check(plan, home)
-    general = read_examples(training.general)
-    tasks, held_out = split(training)
-    tasks, dev = set_aside(tasks, training.seed, all_of_them=plan.adapter is not None)
     base = home.models.get(home.settings.base_model, progress)
     with closing_host(home, base) as host:
         small = _small_model(plan, host)
-        job = ProxyJob(training, home, small, Stages(_folder(plan, home, small)), progress)
-        rows = Rows(tasks, dev, [*held_out, *probes(training.domain or training.name)])
+        stages = Stages(_folder(plan, home, small))
+        taken = take_in(training, stages)
+        tasks, dev = set_aside(taken.training, training.seed, all_of_them=plan.adapter is not None)
+        job = ProxyJob(training, home, small, stages, progress)
+        rows = Rows(tasks, dev, [*taken.held_out, *probes(training.domain or training.name)])
         measured_with = (at_server if plan.server else in_process)(plan, job, host, rows)
-        lora, report = job.adapter(plan.adapter, tasks, general)
+        lora, report = job.adapter(plan.adapter, replace(taken, training=tuple(tasks)))
         candidate = measured_with(lora)
     verdicts = candidate.verdicts
     evidence = make_evidence(training, candidate.scores, verdicts, report | candidate.fit_report)
@@ -116,16 +157,6 @@ def proxy_expert(
     return card, verdicts
 
 
-@contextmanager
-def closing_host(home: Home, base: CachedModel) -> Iterator[Host]:
-    """An engine as the home's settings have it, closed at the end. Raises what `open_host` raises."""
-    host = open_host(home, base)
-    try:
-        yield host
-    finally:
-        host.engine.close()
-
-
 def check(plan: ProxyPlan, home: Home) -> None:
     """Find what can be wrong before hours are spent on it. Raises InvalidRequest or NameTaken."""
     check_names(home, plan.training.name, plan.training.domain or None)
@@ -138,11 +169,13 @@ def check(plan: ProxyPlan, home: Home) -> None:
     if plan.server:
         check_address(plan.server.url, home.settings)
     if plan.adapter is None:
-        load_recipe(plan.training.recipe)
+        name = plan.training.recipe or "lora-sft"
+        parse_options(name, load_recipe(name).options, plan.training.options)
     elif plan.training.general or plan.training.options:
         raise InvalidRequest(
             "Nothing is trained where an adapter is given.", hint="Leave out general chat and options of the recipe."
         )
+    plan.training.check_files()
 
 
 def set_aside(tasks: Sequence[Example], seed: int, *, all_of_them: bool) -> tuple[list[Example], list[Example]]:
@@ -173,5 +206,5 @@ def _small_model(plan: ProxyPlan, host: Host) -> CachedModel:
 
 def _folder(plan: ProxyPlan, home: Home, small: CachedModel) -> Path:
     """Not the folder of `train` with the same plan, which has all rows to train on."""
-    folder = job_folder(home.root / "jobs", plan.training, small)
+    folder = training_folder(home.root / "trainings", plan.training, small)
     return folder.with_name(f"{folder.name}-proxy")

@@ -18,15 +18,29 @@ from ..experts.kinds import Host
 from ..experts.pool import LocalModel
 from ..models.cache import CachedModel
 from ..schema import ARTIFACT, Lora, Score, Spec, digest
-from .evaluate import ANSWER_TOKENS, Results, Scorer, answer_of, by_task, compare, prompt_of, question_of
+from .evaluate import (
+    ANSWER_TOKENS,
+    Results,
+    Scorer,
+    answer_of,
+    by_task,
+    compare,
+    deep,
+    flat,
+    prompt_of,
+    question_of,
+)
 from .examples import Example
 from .fit_combination import Fitted, fit, fitted_from_dict
 from .gate import Verdicts, judge
+from .intake import Taken
 from .parts import Parts
-from .pipeline import Plan, deep, flat, train_adapter
+from .pipeline import train_adapter
+from .plan import Plan
 from .recipes import Progress
 from .record_answers import record
 from .stages import Stages
+from .watch import Watch
 
 DEV_TOKENS = 12_000
 """Tokens of answers from which a combination is fitted; more would hardly change it."""
@@ -84,17 +98,15 @@ class ProxyJob:
     stages: Stages
     progress: Progress
 
-    def adapter(
-        self, given: Path | None, tasks: Sequence[Example], general: Sequence[Example]
-    ) -> tuple[Lora, dict[str, Any]]:
+    def adapter(self, given: Path | None, taken: Taken) -> tuple[Lora, dict[str, Any]]:
         """The small model's adapter, in the store, and what its training told; trained where none is given.
 
         Raises what training and `store_adapter` raise.
         """
         if given:
             return self.store(given, self.small), {"name": "given"}
-        settings = self.home.settings
-        folder, report = train_adapter(self.plan, tasks, general, self.small, self.stages, settings, self.progress)
+        settings, watch = self.home.settings, Watch(self.progress)
+        folder, report = train_adapter(self.plan, taken, self.small, self.stages, settings, watch)
         return self.store(folder, self.small), report
 
     def store(self, adapter: Path, model: CachedModel) -> Lora:

@@ -58,10 +58,10 @@ def wording_of(example: Example) -> Wording:
     return _FROM_CONTEXT if example.context else _PLAIN
 
 
-def ask(example: Example, *, rng: random.Random | None = None) -> str:
-    """The prompt: in a wording drawn with `rng`, or in the first one."""
+def ask(example: Example, *, rng: random.Random | None = None, wording: int = 0) -> str:
+    """The prompt: in a wording drawn with `rng`, or in the one of this number."""
     wordings = wording_of(example).wordings
-    template = rng.choice(wordings) if rng else wordings[0]
+    template = rng.choice(wordings) if rng else wordings[wording]
     choices = list(example.choices)
     topic = example.topic.replace("_", " ").replace("-", " ")
     fields = {"prompt": example.prompt.strip(), "context": example.context.strip(), "topic": topic}
