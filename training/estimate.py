@@ -42,6 +42,8 @@ SHORT = 90
 """Seconds that are told as such, and minutes."""
 TIMED_LAYERS = (1, 3)
 TIMES = 2
+TIMED_TOKENS = 256
+"""More than so many in a batch are timed as fewer rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class Estimate:
 
 
 def estimate(base: CachedModel, rows: Sequence[Row], options: Tuning, settings: Settings) -> Estimate:
-    """What `Bench.tune` takes on these rows. It works for about half a second, with torch's threads as they are.
+    """What `Bench.tune` takes on these rows. It works for a second, with torch's threads as they are.
 
     Raises what `plan_course` raises.
     """
@@ -135,8 +137,8 @@ def _timed(base: CachedModel, options: Tuning, settings: Settings, rows: int, wi
 
     device = pick_device(settings.device)
     build: Any = AutoModelForCausalLM  # from_config has no types
-    token = {"input_ids": [1] * width, "labels": [1] * min(kept, width)}
-    batch = {name: tensor.to(device) for name, tensor in Collator(0)([token] * rows).items()}
+    row, few = {"input_ids": [1] * width, "labels": [1] * min(kept, width)}, max(1, min(rows, TIMED_TOKENS // width))
+    batch = {name: tensor.to(device) for name, tensor in Collator(0)([row] * few).items()}
     taken: list[float] = []
     config: Any = AutoConfig.from_pretrained(base.folder)
     layers = int(config.num_hidden_layers)
@@ -150,7 +152,7 @@ def _timed(base: CachedModel, options: Tuning, settings: Settings, rows: int, wi
         taken.append(min(_step(model, batch, device) for _ in range(TIMES)))
     one, three = taken
     layer = max(three - one, 0.0) / (TIMED_LAYERS[1] - TIMED_LAYERS[0])
-    return one + layer * (layers - TIMED_LAYERS[0])
+    return (one + layer * (layers - TIMED_LAYERS[0])) * rows / few
 
 
 def _step(model: Any, batch: dict[str, torch.Tensor], device: torch.device) -> float:
