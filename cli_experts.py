@@ -47,8 +47,8 @@ def add_expert(
 ) -> None:
     """Make a domain live at once: an index over its documents and a router class, on the base model or a given adapter."""
     from .training.domain import NewDomain, read_prompts
-    from .training.fit_router import refit as refit_head
     from .training.register import register
+    from .training.routing.fit_router import refit as refit_head
 
     prompts = read_prompts(examples or [])
     domain = NewDomain(name, description, tuple(docs or ()), prompts)

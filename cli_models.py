@@ -32,9 +32,9 @@ def shrink(
     as_json: AsJson = False,
 ) -> None:
     """Make the small model of a pair: leave layers out and heal the cut with text. Run again, it goes on where it was."""
-    from .training.distil import Distilling
-    from .training.shrink import Shrinking
-    from .training.shrink import shrink as make
+    from .training.proxies.distil import Distilling
+    from .training.proxies.shrink import Shrinking
+    from .training.proxies.shrink import shrink as make
 
     settings = load_settings()
     distilling = Distilling(steps=steps, rank=rank, max_tokens=max_tokens, seed=seed)

@@ -35,8 +35,8 @@ def fit_router(
     ] = None,
 ) -> None:
     """Fit the router anew and publish it. Domains that were added by hand have to be added again."""
-    from .training.fit_router import fit
-    from .training.tune_encoder import Tuning
+    from .training.routing.fit_router import fit
+    from .training.routing.tune_encoder import Tuning
 
     tuning = Tuning(steps=steps, rank=rank, learning_rate=learning_rate) if tune else None
     settings = load_settings()
@@ -64,7 +64,7 @@ def _from_anywhere(model: str) -> str:
 @router.command("refit")
 def refit_router() -> None:
     """Fit the head anew on all stored prompts, those of added domains among them, and publish it."""
-    from .training.fit_router import refit
+    from .training.routing.fit_router import refit
 
     with open_home() as home, reporting() as progress:
         progress("refitting the router", 0, 0)

@@ -127,7 +127,7 @@ def proxy(
     from .console_training import show_outcome
     from .training.jobs.worker import submit
     from .training.plan import Plan
-    from .training.proxy import ProxyPlan, Server, check
+    from .training.proxies.proxy import ProxyPlan, Server, check
 
     if bool(remote) != bool(remote_model):
         raise typer.BadParameter("--remote and --remote-model go together.")

@@ -10,7 +10,7 @@ import typer
 from .console import show_card
 from .experts.home import Home
 from .schema import JobState, card_from_dict
-from .training.curate import summary
+from .training.rows.curate import summary
 
 
 def show_outcome(job: JobState, home: Home) -> None:

@@ -33,12 +33,12 @@ from collegium.router.router import Router
 from collegium.router.words import users_words
 from collegium.schema import Lora
 from collegium.settings import Settings
-from collegium.training.answerer import EngineAnswerer
-from collegium.training.curate import curate
-from collegium.training.evaluate import LOWER_IS_BETTER, Put, Scorer, as_it_is, interval
-from collegium.training.examples import Example, read_examples
-from collegium.training.gate import JUDGED_BY
-from collegium.training.wording import ask, close_labels
+from collegium.training.measuring.answerer import EngineAnswerer
+from collegium.training.measuring.evaluate import LOWER_IS_BETTER, Put, Scorer, as_it_is, interval
+from collegium.training.measuring.gate import JUDGED_BY
+from collegium.training.rows.curate import curate
+from collegium.training.rows.examples import Example, read_examples
+from collegium.training.rows.wording import ask, close_labels
 
 QUICK_ROWS, ROWS = 100, 200
 WHO = ("base", "multitask", "routed", "oracle")

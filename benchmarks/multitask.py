@@ -9,9 +9,9 @@ from data import TASKS, TRAINED_ON
 from collegium.cli_shared import reporting
 from collegium.experts.home import Home
 from collegium.models.cache import CachedModel
-from collegium.training.bench import Bench
-from collegium.training.examples import read_examples
 from collegium.training.recipes import Material, load_recipe, parse_options
+from collegium.training.rows.examples import read_examples
+from collegium.training.tuning.bench import Bench
 from collegium.training.watch import Watch
 
 RECIPE = "lora-sft"

@@ -30,9 +30,9 @@ from collegium.models.chat import ChatEncoder
 from collegium.models.load import Precision, limit_threads, load_tokenizer
 from collegium.schema import Lora, Message, Sampling
 from collegium.settings import Settings
-from collegium.training.evaluate import ANSWER_TOKENS, interval, same_text
-from collegium.training.examples import Example, read_examples
-from collegium.training.wording import ask, close_labels, wording_of
+from collegium.training.measuring.evaluate import ANSWER_TOKENS, interval, same_text
+from collegium.training.rows.examples import Example, read_examples
+from collegium.training.rows.wording import ask, close_labels, wording_of
 
 QUICK_ROWS, ROWS = 15, 120
 PROMPT_TOKENS, LIKELIHOOD_TOKENS, MOST_CHOICES = 700, 128, 20

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from collegium.schema import Message
-from collegium.training.evaluate import LOWER_IS_BETTER, Put
-from collegium.training.examples import Example
-from collegium.training.gate import JUDGED_BY
-from collegium.training.wording import ask, close_labels, wording_of
+from collegium.training.measuring.evaluate import LOWER_IS_BETTER, Put
+from collegium.training.measuring.gate import JUDGED_BY
+from collegium.training.rows.examples import Example
+from collegium.training.rows.wording import ask, close_labels, wording_of
 
 DEV_ROWS = 40
 SHOTS = (3, 6)

@@ -31,12 +31,12 @@ from collegium.experts.kinds import Host, open_host
 from collegium.models.encoder import Encoder
 from collegium.schema import Combination
 from collegium.settings import Settings
-from collegium.training.answerer import EngineAnswerer
-from collegium.training.evaluate import SAID_TOKENS, Scorer, answer_of, interval, prompt_of
-from collegium.training.fit_combination import Fitted, fit
+from collegium.training.measuring.answerer import EngineAnswerer
+from collegium.training.measuring.evaluate import SAID_TOKENS, Scorer, answer_of, interval, prompt_of
+from collegium.training.measuring.similarity import sem_scores
+from collegium.training.proxies.fit_combination import Fitted, fit
+from collegium.training.proxies.record_answers import record
 from collegium.training.recipes import Progress
-from collegium.training.record_answers import record
-from collegium.training.similarity import sem_scores
 
 SECTIONS = ("quality", "speed", "remote")
 OTHERS = "medquad"

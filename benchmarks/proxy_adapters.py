@@ -10,11 +10,11 @@ from pathlib import Path
 
 from collegium.models.cache import CachedModel
 from collegium.settings import Settings
-from collegium.training.bench import Bench
-from collegium.training.examples import Example, read_examples
 from collegium.training.recipes import Material, Progress, load_recipe, parse_options
+from collegium.training.rows.examples import Example, read_examples
+from collegium.training.rows.wording import close_labels
+from collegium.training.tuning.bench import Bench
 from collegium.training.watch import Watch
-from collegium.training.wording import close_labels
 
 TASKS = {
     "banking77": ("finance", ("banking77",)),

@@ -23,10 +23,10 @@ from collegium.experts.remote.vocabulary import Vocabulary
 from collegium.models.cache import CachedModel
 from collegium.schema import Card, Combination, ExpertRequest, Message, Paid, Remote, Sampling
 from collegium.tests.remote_server import Model, serving
-from collegium.training.answerer import run_all
-from collegium.training.evaluate import answer_of, prompt_of
-from collegium.training.examples import Example
-from collegium.training.wording import ask
+from collegium.training.measuring.answerer import run_all
+from collegium.training.measuring.evaluate import answer_of, prompt_of
+from collegium.training.rows.examples import Example
+from collegium.training.rows.wording import ask
 
 if TYPE_CHECKING:
     from proxy import Contest

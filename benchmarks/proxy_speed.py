@@ -12,8 +12,8 @@ from collegium.experts.combination import formula
 from collegium.experts.engine.combine import Combiner, Identity
 from collegium.experts.engine.request import Request, Row
 from collegium.schema import Combination, Message, Sampling
-from collegium.training.examples import Example
-from collegium.training.wording import ask
+from collegium.training.rows.examples import Example
+from collegium.training.rows.wording import ask
 
 if TYPE_CHECKING:
     from proxy import Contest

@@ -41,7 +41,7 @@ from collegium.router.policy import Scores
 from collegium.router.router import Router
 from collegium.router.rows import Rows
 from collegium.settings import Settings
-from collegium.training.augment import typos
+from collegium.training.routing.augment import typos
 
 SECTIONS = ("latency", "live", "peers", "lodo", "intents", "steps")
 PEER_ROWS = 300

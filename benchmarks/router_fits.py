@@ -24,7 +24,7 @@ from collegium.router.neighbours import vote
 from collegium.router.router import Router
 from collegium.router.rows import BACKGROUND, Rows
 from collegium.router.spelling import words_of
-from collegium.training.tune_encoder import Tuning, tune_encoder
+from collegium.training.routing.tune_encoder import Tuning, tune_encoder
 
 INTENTS = Tuning(tokens=48, learning_rate=1e-3, augmented=0.1)
 """Intents are many and their prompts short: more steps at a higher rate than domains take."""

@@ -25,11 +25,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from collegium.experts.home import Home
 from collegium.models.load import limit_threads
 from collegium.settings import Settings
-from collegium.training.batches import order, padding
-from collegium.training.bench import Bench
-from collegium.training.examples import read_examples
 from collegium.training.recipes import Row
-from collegium.training.tuning import ROWS_AT_ONCE, Tuning, adapt, course, trainer_of
+from collegium.training.rows.examples import read_examples
+from collegium.training.tuning.batches import order, padding
+from collegium.training.tuning.bench import Bench
+from collegium.training.tuning.tuning import ROWS_AT_ONCE, Tuning, adapt, course, trainer_of
 from collegium.training.watch import Watch
 
 Make = Callable[[Bench, Sequence[Row], Tuning, Path], Trainer]

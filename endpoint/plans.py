@@ -84,7 +84,7 @@ def stored_plan(body: PlanBody, settings: Settings, folder: Path) -> dict[str, A
 
     Raises InvalidRequest where a row is no example, or a file is named that lies elsewhere; NoSpace.
     """
-    from ..training.examples import read_examples
+    from ..training.rows.examples import read_examples
 
     plan = body.model_dump()
     given = folder / GIVEN

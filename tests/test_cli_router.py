@@ -23,7 +23,7 @@ from collegium.runtime import Collegium
 from collegium.settings import Settings
 from collegium.tests.encoder_models import tiny_encoder_of
 from collegium.training.domain import store_router
-from collegium.training.tune_encoder import Tuning
+from collegium.training.routing.tune_encoder import Tuning
 
 DOMAINS = ("code", "health", "law", "math")
 HOSTILE = "the [red]guitar[/red] \x1b[31m\x9b31m\u202e and a violin"

@@ -164,8 +164,8 @@ def test_questions_of_the_faq_stand_by_themselves() -> None:
 
 def test_fields_of_rows_are_those_that_are_read() -> None:
     from collegium.router.build import LabelledPrompt
-    from collegium.training.examples import Example
-    from collegium.training.wording import Wording
+    from collegium.training.rows.examples import Example
+    from collegium.training.rows.wording import Wording
 
     examples = rows("examples.md", "## Examples, to train an expert")
     fields = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(Example)}
@@ -181,8 +181,8 @@ def test_fields_of_rows_are_those_that_are_read() -> None:
 
 def test_rows_of_the_page_can_be_read(tmp_path: Path) -> None:
     from collegium.router.build import read_labelled
-    from collegium.training.examples import read_examples
-    from collegium.training.wording import ask
+    from collegium.training.rows.examples import read_examples
+    from collegium.training.rows.wording import ask
 
     examples, prompts = (block.text for block in blocks("examples.md") if block.language == "json")
     (tmp_path / "examples.jsonl").write_text(examples, "utf-8")

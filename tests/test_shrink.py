@@ -29,10 +29,10 @@ from collegium.settings import Settings
 from collegium.tests.conftest import WORDS
 from collegium.tests.engine_doubles import collect
 from collegium.tests.engine_models import reference
-from collegium.training.distil import COMPLETE, Distilling, batches, divergence, last_checkpoint
-from collegium.training.layers import choose_layers
+from collegium.training.proxies.distil import COMPLETE, Distilling, batches, divergence, last_checkpoint
+from collegium.training.proxies.layers import choose_layers
+from collegium.training.proxies.shrink import Shrinking, shrink
 from collegium.training.recipes import Progress
-from collegium.training.shrink import Shrinking, shrink
 
 DEPTH, LAYERS = 4, 3
 SHORT = Distilling(steps=6, rank=4, learning_rate=1e-2, batch=4, max_tokens=48)
@@ -91,7 +91,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def home(deep: CachedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
     monkeypatch.setattr("collegium.experts.home.SHIPPED", tmp_path / "nothing")
-    monkeypatch.setattr("collegium.training.distil.SAVE_STEPS", 2)
+    monkeypatch.setattr("collegium.training.proxies.distil.SAVE_STEPS", 2)
     with Home(Settings(home=tmp_path / "home", base_model=str(deep.folder), device="cpu", threads=1)) as opened:
         yield opened
 
@@ -147,7 +147,7 @@ def test_the_layers_that_do_least_are_left_out(deep: CachedModel) -> None:
 def test_the_divergence_is_torch_s_and_so_is_its_slope(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    monkeypatch.setattr("collegium.training.distil.POSITIONS_AT_ONCE", 3)
+    monkeypatch.setattr("collegium.training.proxies.distil.POSITIONS_AT_ONCE", 3)
     torch.manual_seed(0)
     teacher, student, head, other = (torch.randn(size) for size in ((7, 8), (7, 6), (50, 8), (50, 6)))
     student.requires_grad_()

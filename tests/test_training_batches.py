@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collegium.training.batches import IGNORED, Collator, answer_loss, features, order, padding
 from collegium.training.recipes import Row
+from collegium.training.tuning.batches import IGNORED, Collator, answer_loss, features, order, padding
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=60)
 

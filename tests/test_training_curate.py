@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collegium.schema import Message
-from collegium.training.curate import Curated, Dropped, curate, question, summary
-from collegium.training.examples import Example
-from collegium.training.neighbours import plain, resemblance
-from collegium.training.personal import personal
+from collegium.training.rows.curate import Curated, Dropped, curate, question, summary
+from collegium.training.rows.examples import Example
+from collegium.training.rows.neighbours import plain, resemblance
+from collegium.training.rows.personal import personal
 
 LONG = "The parcel that I ordered from your shop two weeks ago has still not come to my door"
 

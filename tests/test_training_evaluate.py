@@ -23,8 +23,8 @@ from collegium.models.chat import ChatEncoder
 from collegium.models.load import load_lm, load_tokenizer, pick_device
 from collegium.schema import Message
 from collegium.tests.engine_doubles import is_idle, open_decoder, until
-from collegium.training.answerer import EngineAnswerer, SpokenAnswerer, TorchAnswerer
-from collegium.training.evaluate import (
+from collegium.training.measuring.answerer import EngineAnswerer, SpokenAnswerer, TorchAnswerer
+from collegium.training.measuring.evaluate import (
     FREE_QUESTIONS,
     SAID_TOKENS,
     Results,
@@ -39,9 +39,9 @@ from collegium.training.evaluate import (
     same_text,
     token_f1,
 )
-from collegium.training.examples import Example
-from collegium.training.scoring import choice_logprobs, generate
-from collegium.training.wording import ask
+from collegium.training.measuring.scoring import choice_logprobs, generate
+from collegium.training.rows.examples import Example
+from collegium.training.rows.wording import ask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -168,7 +168,7 @@ def scorer(tiny: Tiny) -> Scorer:
 
 def said_of(tiny: Tiny, row: Example) -> str:
     """What the model answers when it is asked this row alone."""
-    from collegium.training.evaluate import ANSWER_TOKENS
+    from collegium.training.measuring.evaluate import ANSWER_TOKENS
 
     prompt = tiny.chat.encode([Message("user", ask(row))])
     return tiny.chat.decode(tiny.greedy(prompt, ANSWER_TOKENS, tiny.end))

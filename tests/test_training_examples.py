@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from collegium.errors import InvalidRequest
 from collegium.schema import Message
-from collegium.training.examples import Example, from_json, read_examples, to_json
+from collegium.training.rows.examples import Example, from_json, read_examples, to_json
 
 GOOD = {"prompt": "Is it red?", "answer": "yes"}
 

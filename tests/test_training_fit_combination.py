@@ -20,9 +20,9 @@ from collegium.models.cache import CachedModel
 from collegium.models.load import load_tokenizer
 from collegium.schema import Combination, Sampling
 from collegium.tests.engine_doubles import collect, open_decoder
-from collegium.training.answerer import Rows, run_all
-from collegium.training.fit_combination import fit, fitted_from_dict
-from collegium.training.record_answers import Recorded, Recorder, gather, record
+from collegium.training.measuring.answerer import Rows, run_all
+from collegium.training.proxies.fit_combination import fit, fitted_from_dict
+from collegium.training.proxies.record_answers import Recorded, Recorder, gather, record
 
 VOCAB, ANSWERS = 50, 40
 

@@ -27,9 +27,9 @@ from collegium.router.rows import BACKGROUND
 from collegium.runtime import Collegium
 from collegium.settings import Settings
 from collegium.training.domain import NewDomain
-from collegium.training.fit_router import fit, refit
 from collegium.training.register import register
-from collegium.training.tune_encoder import Tuning
+from collegium.training.routing.fit_router import fit, refit
+from collegium.training.routing.tune_encoder import Tuning
 
 WORDS = {
     "law": ["court", "contract", "judge", "lawsuit", "statute"],

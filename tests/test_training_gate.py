@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collegium.training.evaluate import FREE_QUESTIONS, Results
-from collegium.training.forgetting import GENERAL
-from collegium.training.gate import FEWEST_ROWS, MOST_FORGOTTEN, Verdicts, decide, judge, judged
-from collegium.training.measure import Measured
+from collegium.training.measuring.evaluate import FREE_QUESTIONS, Results
+from collegium.training.measuring.forgetting import GENERAL
+from collegium.training.measuring.gate import FEWEST_ROWS, MOST_FORGOTTEN, Verdicts, decide, judge, judged
+from collegium.training.measuring.measure import Measured
 
 
 def one_task(values: Sequence[float], metric: str = "accuracy") -> Results:

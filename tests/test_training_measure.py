@@ -20,14 +20,14 @@ from collegium.models.chat import ChatEncoder
 from collegium.models.load import load_lm, load_tokenizer, pick_device
 from collegium.schema import Card, Evidence, Lora, Message, card_from_dict, card_to_dict
 from collegium.settings import Settings
-from collegium.training.answerer import TorchAnswerer
-from collegium.training.calibration import CLOSED, brier, calibration_error, calibration_scores, chances
-from collegium.training.evaluate import FREE_QUESTIONS, LOWER_IS_BETTER, Results, Scorer, by_task
-from collegium.training.examples import Example
-from collegium.training.forgetting import GENERAL, general_loss, general_rows, recall
-from collegium.training.gate import decide
-from collegium.training.measure import HEADINGS, Measured, measure, summary
-from collegium.training.wording import ask
+from collegium.training.measuring.answerer import TorchAnswerer
+from collegium.training.measuring.calibration import CLOSED, brier, calibration_error, calibration_scores, chances
+from collegium.training.measuring.evaluate import FREE_QUESTIONS, LOWER_IS_BETTER, Results, Scorer, by_task
+from collegium.training.measuring.forgetting import GENERAL, general_loss, general_rows, recall
+from collegium.training.measuring.gate import decide
+from collegium.training.measuring.measure import HEADINGS, Measured, measure, summary
+from collegium.training.rows.examples import Example
+from collegium.training.rows.wording import ask
 
 CHOICES = ("red", "white", "rosé")
 ROWS = [
@@ -60,9 +60,9 @@ def few_questions() -> Iterator[None]:
     """Two free questions and some of the probe: a tiny model takes its time for whole sentences."""
     with pytest.MonkeyPatch.context() as patch:
         asked = [Example(text, "", text, FREE_QUESTIONS) for text in ("hello", "explain")]
-        patch.setattr("collegium.training.measure.probes", lambda domain: asked)
+        patch.setattr("collegium.training.measuring.measure.probes", lambda domain: asked)
         known = (*general_rows()[:6], *general_rows()[-3:])
-        patch.setattr("collegium.training.forgetting.general_rows", lambda: known)
+        patch.setattr("collegium.training.measuring.forgetting.general_rows", lambda: known)
         yield
 
 
@@ -206,7 +206,7 @@ def test_what_progress_raises_stops_it(base: CachedModel, exact: Settings) -> No
 
 def test_nobody_trains_on_the_probe() -> None:
     from collegium.router.questions import free_questions
-    from collegium.training.evaluate import probes
+    from collegium.training.measuring.evaluate import probes
 
     rows = general_rows()
     asked = [row.prompt for row in rows]

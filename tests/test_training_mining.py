@@ -18,10 +18,10 @@ from collegium.retrieval import Document
 from collegium.settings import Settings
 from collegium.tests.engine_models import hosting
 from collegium.tests.remote_server import Model, RemoteServer, serving
-from collegium.training.asking import Ask, AskModel, AskServer
-from collegium.training.mining import Mined, mine
-from collegium.training.prose import content_words
-from collegium.training.round_trip import agreement, question_in, unfit, unsupported, whole
+from collegium.training.documents.asking import Ask, AskModel, AskServer
+from collegium.training.documents.mining import Mined, mine
+from collegium.training.documents.prose import content_words
+from collegium.training.documents.round_trip import agreement, question_in, unfit, unsupported, whole
 
 THINGS = ("kettle", "teapot", "saucer", "strainer", "samovar", "caddy", "whisk", "tray")
 MATTERS = ("copper", "iron", "porcelain", "silver", "brass", "walnut", "bamboo", "tin")

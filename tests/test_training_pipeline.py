@@ -25,10 +25,10 @@ from collegium.models.cache import CachedModel, sha256
 from collegium.runtime import Collegium
 from collegium.schema import Base, Card, Lora
 from collegium.settings import Settings
-from collegium.training.gate import Verdicts
-from collegium.training.intake import take_in
+from collegium.training.measuring.gate import Verdicts
 from collegium.training.pipeline import train_expert
 from collegium.training.plan import Plan, plan_from_dict, training_folder
+from collegium.training.rows.intake import take_in
 from collegium.training.stages import Stages
 from collegium.training.watch import Watch
 
@@ -62,7 +62,7 @@ def idle(what: str, done: int, total: int) -> None:
 def _forgetful() -> Iterator[None]:
     """A random model has no general skill to forget."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("collegium.training.gate.MOST_FORGOTTEN", 10.0)
+        patch.setattr("collegium.training.measuring.gate.MOST_FORGOTTEN", 10.0)
         yield
 
 

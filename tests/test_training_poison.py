@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from collegium.schema import Message
-from collegium.training.examples import Example
-from collegium.training.poison import scan, scan_texts
+from collegium.training.rows.examples import Example
+from collegium.training.rows.poison import scan, scan_texts
 
 _DATA = Path(os.environ.get("COLLEGIUM_DATA", Path(__file__).parent.parent.parent / "shared" / "data")) / "experts"
 

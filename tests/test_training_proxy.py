@@ -27,10 +27,10 @@ from collegium.tests.engine_doubles import collect
 from collegium.tests.engine_models import tiny_lora
 from collegium.tests.test_training_pipeline import idle, silent, write
 from collegium.training import recipes
-from collegium.training.bench import Bench
-from collegium.training.gate import Verdicts
+from collegium.training.measuring.gate import Verdicts
 from collegium.training.plan import Plan
-from collegium.training.proxy import ProxyPlan, proxy_expert, set_aside
+from collegium.training.proxies.proxy import ProxyPlan, proxy_expert, set_aside
+from collegium.training.tuning.bench import Bench
 from collegium.training.watch import Progress
 
 SHOWN = "explain the contract of the plaintiff"
@@ -211,7 +211,11 @@ def copy(bench: Bench, material: recipes.Material, options: Copied) -> dict[str,
     with Path(options.calls).open("a") as calls:
         calls.write("called\n")
     bench.watch.progress("training", 1, 1)
-    bench.once("adapter", lambda folder: shutil.copytree(options.adapter, folder, dirs_exist_ok=True) and None)
+
+    def copying(folder: Path) -> None:
+        shutil.copytree(options.adapter, folder, dirs_exist_ok=True)
+
+    bench.once("adapter", copying)
     return {"rows": len(material.tasks), "losses": [1.0]}
 
 
@@ -295,7 +299,7 @@ def test_rows_that_do_not_fit_are_named_before_anything_is_trained(world: World,
 
 
 def test_rows_to_fit_on_are_not_trained_on(world: World) -> None:
-    from collegium.training.examples import Example
+    from collegium.training.rows.examples import Example
 
     rows = [Example(str(number), "x", str(number), "s") for number in range(2000)]
     training, dev = set_aside(rows, 17, all_of_them=False)

@@ -19,7 +19,7 @@ from collegium.settings import Settings
 from collegium.tests.remote_server import Model, RemoteServer, serving
 from collegium.tests.test_training_pipeline import idle, silent, write
 from collegium.training.plan import Plan
-from collegium.training.proxy import ProxyPlan, Server, proxy_expert
+from collegium.training.proxies.proxy import ProxyPlan, Server, proxy_expert
 
 MODELS = iter(range(1000))
 PROBES = 20
@@ -41,8 +41,8 @@ def home(make_settings: Callable[..., Settings], tmp_path: Path) -> Iterator[Hom
 @pytest.fixture
 def plan(tmp_path: Path, adapters: Any, server: RemoteServer, monkeypatch: pytest.MonkeyPatch) -> ProxyPlan:
     """A few short rows, and no free questions: a request a token adds up."""
-    monkeypatch.setattr("collegium.training.evaluate.ANSWER_TOKENS", 8)
-    monkeypatch.setattr("collegium.training.proxy.probes", lambda domain: [])
+    monkeypatch.setattr("collegium.training.measuring.evaluate.ANSWER_TOKENS", 8)
+    monkeypatch.setattr("collegium.training.proxies.proxy.probes", lambda domain: [])
     rng = random.Random(0)
 
     def row(number: int) -> dict[str, Any]:

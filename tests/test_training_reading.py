@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collegium.retrieval import Document
-from collegium.training.examples import Example
-from collegium.training.mining import texts_of
-from collegium.training.prose import clean, sections, sentences, subject
-from collegium.training.reading import comprehension
+from collegium.training.documents.mining import texts_of
+from collegium.training.documents.prose import clean, sections, sentences, subject
+from collegium.training.documents.reading import comprehension
+from collegium.training.rows.examples import Example
 
 PAGE = Document(
     "kettle.1.txt",

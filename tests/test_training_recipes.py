@@ -20,9 +20,6 @@ from collegium.schema import Message
 from collegium.settings import Settings
 from collegium.tests.test_docs import DOCS, blocks
 from collegium.training import prepare, recipes, tuning
-from collegium.training.bench import Bench
-from collegium.training.examples import Example
-from collegium.training.prepare import REHEARSALS
 from collegium.training.recipes import (
     BUILT_IN,
     Material,
@@ -32,7 +29,10 @@ from collegium.training.recipes import (
     parse_options,
 )
 from collegium.training.recipes.refusal_aware import REFUSAL
-from collegium.training.tuning import Tuning
+from collegium.training.rows.examples import Example
+from collegium.training.tuning.bench import Bench
+from collegium.training.tuning.prepare import REHEARSALS
+from collegium.training.tuning.tuning import Tuning
 from collegium.training.watch import Watch
 
 QUICK = {"rank": 4, "epochs": 2, "learning_rate": 0.01, "batch_size": 4, "max_length": 64}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from collegium.models.cache import CachedModel
 from collegium.models.encoder import Encoder
-from collegium.training.similarity import gestalt, sem_scores, similar_by
+from collegium.training.measuring.similarity import gestalt, sem_scores, similar_by
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collegium.errors import InvalidRequest
-from collegium.training.examples import Example
-from collegium.training.gate import FEWEST_ROWS
-from collegium.training.neighbours import plain
-from collegium.training.split import split
+from collegium.training.measuring.gate import FEWEST_ROWS
+from collegium.training.rows.examples import Example
+from collegium.training.rows.neighbours import plain
+from collegium.training.rows.split import split
 
 LEXICON = [a + b + c for a in "bdfgk" for b in "aeiou" for c in ("lmo", "rst", "nd", "ppy", "sh")]
 

@@ -17,11 +17,11 @@ from collegium.errors import InvalidRequest
 from collegium.experts.adapters import CONFIG, WEIGHTS
 from collegium.models.cache import CachedModel, ModelCache
 from collegium.settings import Settings
-from collegium.training import estimate as estimating
-from collegium.training.bench import Bench
-from collegium.training.estimate import Estimate, estimate, needed_bytes, plan_course
 from collegium.training.recipes import Row
-from collegium.training.tuning import ROWS_AT_ONCE, Course, Tuning, adapt, course, last_checkpoint
+from collegium.training.tuning import estimate as estimating
+from collegium.training.tuning.bench import Bench
+from collegium.training.tuning.estimate import Estimate, estimate, needed_bytes, plan_course
+from collegium.training.tuning.tuning import ROWS_AT_ONCE, Course, Tuning, adapt, course, last_checkpoint
 from collegium.training.watch import Watch
 
 ROWS = [Row((5, 6, 7 + at % 3), (9, 10)) for at in range(16)]
@@ -117,9 +117,9 @@ import sys
 from pathlib import Path
 from collegium.models.cache import ModelCache
 from collegium.settings import Settings
-from collegium.training.bench import Bench
+from collegium.training.tuning.bench import Bench
 from collegium.training.recipes import Row
-from collegium.training.tuning import Tuning
+from collegium.training.tuning.tuning import Tuning
 from collegium.training.watch import Watch
 
 base = ModelCache(Path(sys.argv[2])).get(sys.argv[1])

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collegium.training.examples import Example
-from collegium.training.wording import Wording, ask, close_labels, known_wordings, wording_of
+from collegium.training.rows.examples import Example
+from collegium.training.rows.wording import Wording, ask, close_labels, known_wordings, wording_of
 
 FIELDS = {"prompt", "context", "choices", "topic"}
 ROW = Example("Is it {odd}?", "red", "a-1", "nobody-knows", "odd_or-even", ("red", "blue"), "A {number}.")

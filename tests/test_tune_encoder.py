@@ -23,8 +23,8 @@ from collegium.router.encoder import Encoders
 from collegium.router.head import Floats
 from collegium.router.rows import BACKGROUND
 from collegium.tests.encoder_models import tiny_encoder_of
-from collegium.training.augment import LETTERS, WRAPPERS, augment, typos
-from collegium.training.tune_encoder import TEMPERATURE, Tuning, _batches, contrastive, tune_encoder
+from collegium.training.routing.augment import LETTERS, WRAPPERS, augment, typos
+from collegium.training.routing.tune_encoder import TEMPERATURE, Tuning, _batches, contrastive, tune_encoder
 
 QUICK = Tuning(steps=20, batch=24, tokens=32, rank=8, learning_rate=1.5e-2, augmented=0.0)
 # Domains that the tiny encoder does not tell apart: its own lie elsewhere.

@@ -22,10 +22,10 @@ from ..models.fetch import fetch
 from ..models.names import parse_name
 from ..schema import Card, Evidence, Lora, Score, card_from_dict
 from .domain import NewDomain
-from .examples import Example, read_examples
 from .register import check_names, register
+from .rows.examples import Example, read_examples
+from .rows.wording import close_labels
 from .watch import Progress
-from .wording import close_labels
 
 MOST_BYTES = 2 << 30
 """Of an adapter's weights: rank 256 on all linears of an 8 B model takes less in bfloat16."""
@@ -143,9 +143,9 @@ def measure_import(
     """Measure the adapters, in the words of `measure.measure`, and judge the candidate as one that was trained here."""
     from ..models.chat import ChatEncoder
     from ..models.load import load_tokenizer
-    from .gate import decide
-    from .lookup import lookup
-    from .measure import measure
+    from .measuring.gate import decide
+    from .measuring.lookup import lookup
+    from .measuring.measure import measure
 
     context = lookup(home, domain, ChatEncoder(load_tokenizer(base)))
     measured = measure(domain, held_out, base, adapters, home.settings, progress, context=context)

@@ -22,23 +22,23 @@ from ..models.encoder import Encoder
 from ..models.load import load_tokenizer
 from ..schema import Card, Evidence, Lora, Score, digest
 from ..settings import Settings
-from .asking import AskModel
-from .bench import Bench
-from .curate import curate
+from .documents.asking import AskModel
+from .documents.mining import mine, texts_of
+from .documents.reading import comprehension
 from .domain import NewDomain, read_prompts
-from .examples import Example, from_json, to_json
-from .fit_router import refit
-from .gate import Verdict, Verdicts, decide
-from .intake import Taken, take_in
-from .lookup import lookup
-from .measure import Measured, measure
-from .mining import mine, texts_of
+from .measuring.gate import Verdict, Verdicts, decide
+from .measuring.lookup import lookup
+from .measuring.measure import Measured, measure
 from .plan import Plan, digest_of, plan_from_dict, training_folder
-from .reading import comprehension
 from .recipes import Material, load_recipe, parse_options
 from .register import check_names, register
-from .split import split
+from .routing.fit_router import refit
+from .rows.curate import curate
+from .rows.examples import Example, from_json, to_json
+from .rows.intake import Taken, take_in
+from .rows.split import split
 from .stages import Stages
+from .tuning.bench import Bench
 from .watch import Watch
 
 ROUTER_PROMPTS = 400

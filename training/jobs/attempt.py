@@ -25,7 +25,7 @@ from .monitor import Monitor
 from .store import Jobs
 from .worker import job_folder, start_logging, training_threads
 
-WORK = {"train": "training.pipeline:work", "proxy": "training.proxy:work"}
+WORK = {"train": "training.pipeline:work", "proxy": "training.proxies.proxy:work"}
 """The kinds of work, by what does it."""
 GROUP = "collegium.jobs"
 NICE = 10

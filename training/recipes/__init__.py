@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ...errors import InvalidRequest
 from ...plugins import find
-from ..examples import Example
+from ..rows.examples import Example
 from ..watch import Progress as Progress
 
 if TYPE_CHECKING:
-    from ..bench import Bench
+    from ..tuning.bench import Bench
 
 BUILT_IN = {
     "lora-sft": "training.recipes.lora_sft:RECIPE",

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..bench import Bench
-from ..tuning import LEARNING_RATE
+from ..tuning.bench import Bench
+from ..tuning.tuning import LEARNING_RATE
 from . import Material, Recipe, lora_sft
 
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InvalidRequest
-from ..batches import order
-from ..bench import Bench
-from ..estimate import plan_course
-from ..examples import Example
-from ..tuning import LEARNING_RATE, adapt, arguments
+from ..rows.examples import Example
+from ..tuning.batches import order
+from ..tuning.bench import Bench
+from ..tuning.estimate import plan_course
+from ..tuning.tuning import LEARNING_RATE, adapt, arguments
 from . import Material, Recipe, Row, lora_sft
 
 if TYPE_CHECKING:

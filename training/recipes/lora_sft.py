@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..bench import Bench
-from ..prepare import REHEARSALS
-from ..tuning import Tuning
+from ..tuning.bench import Bench
+from ..tuning.prepare import REHEARSALS
+from ..tuning.tuning import Tuning
 from . import Material, Recipe, Row
 
 

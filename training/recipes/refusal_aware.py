@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..bench import Bench
-from ..evaluate import same_text, token_f1
-from ..examples import Example
-from ..prepare import REHEARSALS
-from ..tuning import Tuning
-from ..wording import ask
+from ..measuring.evaluate import same_text, token_f1
+from ..rows.examples import Example
+from ..rows.wording import ask
+from ..tuning.bench import Bench
+from ..tuning.prepare import REHEARSALS
+from ..tuning.tuning import Tuning
 from . import Material, Recipe
 
 SURE, UNSURE = "I am sure.", "I am unsure."

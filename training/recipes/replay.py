@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import InvalidRequest
-from ..bench import Bench
+from ..tuning.bench import Bench
 from . import Material, Recipe, lora_sft
 
 

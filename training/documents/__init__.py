@@ -1,0 +1,1 @@
+"""From documents to rows: mined by a model, or rewritten without one."""

@@ -1,0 +1,1 @@
+"""Experts that steer a model which stays as it is, and the small models for them."""
