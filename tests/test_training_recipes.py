@@ -19,7 +19,7 @@ from collegium.models.cache import CachedModel, ModelCache
 from collegium.schema import Message
 from collegium.settings import Settings
 from collegium.tests.test_docs import DOCS, blocks
-from collegium.training import prepare, recipes, tuning
+from collegium.training import recipes
 from collegium.training.recipes import (
     BUILT_IN,
     Material,
@@ -30,6 +30,7 @@ from collegium.training.recipes import (
 )
 from collegium.training.recipes.refusal_aware import REFUSAL
 from collegium.training.rows.examples import Example
+from collegium.training.tuning import prepare, tuning
 from collegium.training.tuning.bench import Bench
 from collegium.training.tuning.prepare import REHEARSALS
 from collegium.training.tuning.tuning import Tuning
