@@ -29,10 +29,11 @@ from collegium.settings import Settings
 from collegium.tests.conftest import WORDS
 from collegium.tests.engine_doubles import collect
 from collegium.tests.engine_models import reference
-from collegium.training.proxies.distil import COMPLETE, Distilling, batches, divergence, last_checkpoint
+from collegium.training.proxies.distil import Distilling, divergence
 from collegium.training.proxies.layers import choose_layers
 from collegium.training.proxies.shrink import Shrinking, shrink
 from collegium.training.recipes import Progress
+from collegium.training.tuning.checkpoints import COMPLETE, last_checkpoint
 
 DEPTH, LAYERS = 4, 3
 SHORT = Distilling(steps=6, rank=4, learning_rate=1e-2, batch=4, max_tokens=48)
@@ -157,16 +158,6 @@ def test_the_divergence_is_torch_s_and_so_is_its_slope(monkeypatch: pytest.Monke
     expected = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(slope, torch.autograd.grad(3 * expected, student)[0])
-
-
-def test_batches_take_every_text_as_often_and_like_with_like() -> None:
-    lengths = [length % 40 + 2 for length in range(90)]
-    order = batches(lengths, Distilling(steps=45, batch=4))
-    assert sorted(order) == sorted([*range(90)] * 2)
-    spans = [[lengths[at] for at in order[start : start + 4]] for start in range(0, len(order), 4)]
-    assert sum(max(span) - min(span) for span in spans) / len(spans) < 4
-    assert batches(lengths, Distilling(steps=45, batch=4, seed=1)) != order
-    assert len(batches([5, 6], Distilling(steps=3, batch=8))) == 24
 
 
 def test_a_shrunk_model_is_healed_stored_and_opened_in_the_engine(home: Home, plan: Shrinking) -> None:

@@ -20,8 +20,9 @@ from collegium.settings import Settings
 from collegium.training.recipes import Row
 from collegium.training.tuning import estimate as estimating
 from collegium.training.tuning.bench import Bench
+from collegium.training.tuning.checkpoints import last_checkpoint
 from collegium.training.tuning.estimate import Estimate, estimate, needed_bytes, plan_course
-from collegium.training.tuning.tuning import ROWS_AT_ONCE, Course, Tuning, adapt, course, last_checkpoint
+from collegium.training.tuning.tuning import ROWS_AT_ONCE, Course, Tuning, adapt, course
 from collegium.training.watch import Watch
 
 ROWS = [Row((5, 6, 7 + at % 3), (9, 10)) for at in range(16)]
@@ -119,6 +120,7 @@ from collegium.models.cache import ModelCache
 from collegium.settings import Settings
 from collegium.training.tuning.bench import Bench
 from collegium.training.recipes import Row
+from collegium.training.tuning.checkpoints import last_checkpoint
 from collegium.training.tuning.tuning import Tuning
 from collegium.training.watch import Watch
 

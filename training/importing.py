@@ -22,7 +22,7 @@ from ..models.fetch import fetch
 from ..models.names import parse_name
 from ..schema import Card, Evidence, Lora, Score, card_from_dict
 from .domain import NewDomain
-from .register import check_names, register
+from .register import check_names, live_lora, register
 from .rows.examples import Example, read_examples
 from .rows.wording import close_labels
 from .watch import Progress
@@ -165,12 +165,10 @@ def _judged(
 ) -> Result:
     if not rows:
         return Result("not measured", False, ())
-    live = {}
-    for card in home.cards(home.release()).values():
-        same = card.domain == domain and card.base == base.identity
-        if same and isinstance(card.spec, Lora) and card.spec.adapter != lora.adapter:  # its own is measured anew
-            live["live"] = home.artifacts.verify(card.spec.adapter)
-    adapters: dict[str, Path | None] = {"candidate": adapter, "base": None, **live}
+    adapters: dict[str, Path | None] = {"candidate": adapter, "base": None}
+    live = live_lora(home, domain, base)
+    if live and live.adapter != lora.adapter:  # its own is measured anew
+        adapters["live"] = home.artifacts.verify(live.adapter)
     result = measure_import(domain, close_labels(rows, rows), base, adapters, home, progress)
     if not result.passed and not plan.force:
         raise GateRefused(

@@ -20,7 +20,7 @@ from ..models.cache import CachedModel
 from ..models.chat import ChatEncoder
 from ..models.encoder import Encoder
 from ..models.load import load_tokenizer
-from ..schema import Card, Evidence, Lora, Score, digest
+from ..schema import Card, Evidence, Score, digest
 from ..settings import Settings
 from .documents.asking import AskModel
 from .documents.mining import mine, texts_of
@@ -31,7 +31,7 @@ from .measuring.lookup import lookup
 from .measuring.measure import Measured, measure
 from .plan import Plan, digest_of, plan_from_dict, training_folder
 from .recipes import Material, load_recipe, parse_options
-from .register import check_names, register
+from .register import check_names, live_lora, register
 from .routing.fit_router import refit
 from .rows.curate import curate
 from .rows.examples import Example, from_json, to_json
@@ -208,7 +208,8 @@ def measure_adapter(
 ) -> Measured:
     """The candidate beside the base model and the live expert, on rows that nobody was trained on."""
     name = plan.domain or plan.name
-    live = live_adapter(home, name, base)
+    lora = live_lora(home, name, base)
+    live = home.artifacts.verify(lora.adapter) if lora else None
 
     def measuring(folder: Path) -> dict[str, Any]:
         adapters = {"candidate": adapter, "base": None} | ({"live": live} if live else {})
@@ -226,14 +227,6 @@ def measure_adapter(
     ]
     _, report = stages.run(f"measure-{digest(identity)[:12]}", measuring)
     return Measured.of(report)
-
-
-def live_adapter(home: Home, domain: str, base: CachedModel) -> Path | None:
-    """The PEFT folder of the adapter that answers for the domain now, where there is one for this base model."""
-    for card in home.cards(home.release()).values():
-        if card.domain == domain and isinstance(card.spec, Lora) and card.base == base.identity:
-            return home.artifacts.verify(card.spec.adapter)
-    return None
 
 
 def make_evidence(

@@ -177,3 +177,10 @@ def check_names(home: Home, name: str, domain: str | None) -> None:
             raise NameTaken(
                 f"{alias} answers for {domain} already.", hint=f"Remove it first, or register {alias} again."
             )
+
+
+def live_lora(home: Home, domain: str, base: CachedModel) -> Lora | None:
+    """The adapter of this base model that answers for a domain now, where there is one."""
+    cards = home.cards(home.release()).values()
+    same = (card for card in cards if domain and card.domain == domain and card.base == base.identity)
+    return next((card.spec for card in same if isinstance(card.spec, Lora)), None)

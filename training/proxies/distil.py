@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...models.cache import sync_tree
 from ..recipes import Progress
+from ..tuning.batches import order
+from ..tuning.checkpoints import COMPLETE, complete, last_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,12 +32,8 @@ TEXTS_AT_ONCE = 8
 """Texts whose activations are in memory together, at most; larger batches are accumulated."""
 POSITIONS_AT_ONCE = 64
 """Positions whose distributions over the vocabulary are in memory together."""
-SORTED_BATCHES = 32
-"""Texts of so many batches are sorted by length before they are cut into batches, so that little padding is paid for."""
 SAVE_STEPS, KEPT_CHECKPOINTS = 20, 2
 """A checkpoint each so many steps; the one before stays until the next is on the disk."""
-COMPLETE = "complete.json"
-"""Is written into a checkpoint when all else of it is on the disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +68,21 @@ def distil(
         r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     model: Any = get_peft_model(student, adapter)
-    order = batches([len(text) for text in texts], options)
+    ordered = order([len(text) for text in texts], options.steps, options.batch, options.seed)
     last, started = last_checkpoint(checkpoints), time.monotonic()
     if last:
         started -= float(json.loads((last / COMPLETE).read_text("utf-8"))["seconds"])
     trainer = _trainer(
         teacher,
         model=model,
-        train_dataset=[{"input_ids": texts[at]} for at in order],
+        train_dataset=[{"input_ids": texts[at]} for at in ordered],
         data_collator=_pad,
         args=_arguments(options, checkpoints, on_cpu=student.device.type == "cpu"),
         callbacks=[_report_to(progress, checkpoints, started)],
     )
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     return model.eval(), {
-        "tokens": sum(len(texts[at]) for at in order),
+        "tokens": sum(len(texts[at]) for at in ordered),
         "seconds": round(time.monotonic() - started, 1),
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
@@ -102,7 +97,7 @@ def _arguments(options: Distilling, checkpoints: Path, *, on_cpu: bool) -> Train
         per_device_train_batch_size=at_once,
         gradient_accumulation_steps=options.batch // at_once,
         num_train_epochs=1,
-        train_sampling_strategy="sequential",  # as `batches` has ordered them
+        train_sampling_strategy="sequential",  # as `order` has them
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.03,
@@ -116,22 +111,6 @@ def _arguments(options: Distilling, checkpoints: Path, *, on_cpu: bool) -> Train
         dataloader_pin_memory=not on_cpu,
         seed=options.seed,
     )
-
-
-def batches(lengths: Sequence[int], options: Distilling) -> list[int]:
-    """The texts of all steps, one batch after the other: each as often as any other, those of a batch of like length."""
-    rng = random.Random(options.seed)
-    wanted = options.steps * options.batch
-    drawn: list[int] = []
-    while len(drawn) < wanted:
-        drawn += rng.sample(range(len(lengths)), len(lengths))
-    del drawn[wanted:]
-    order: list[int] = []
-    for start in range(0, wanted, options.batch * SORTED_BATCHES):
-        group = sorted(drawn[start : start + options.batch * SORTED_BATCHES], key=lambda at: lengths[at])
-        parts = [group[at : at + options.batch] for at in range(0, len(group), options.batch)]
-        order += [at for part in rng.sample(parts, len(parts)) for at in part]
-    return order
 
 
 def divergence(teacher: Tensor, student: Tensor, heads: tuple[Tensor, Tensor]) -> Tensor:
@@ -180,17 +159,6 @@ def measure(teacher: PreTrainedModel, taught: Any, texts: Sequence[Tokens], prog
     return {name: round(value / tokens, 4) for name, value in sorted(sums.items())}
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint that was written to its end; one that was not is removed."""
-    found: list[tuple[int, Path]] = []
-    for path in folder.glob("checkpoint-*"):
-        if (path / COMPLETE).exists():
-            found.append((int(path.name.rpartition("-")[2]), path))
-        else:
-            shutil.rmtree(path)
-    return max(found)[1] if found else None
-
-
 def _trainer(teacher: Any, **arguments: Any) -> Any:
     import torch
     from transformers import PrinterCallback, Trainer
@@ -231,11 +199,7 @@ def _report_to(progress: Progress, checkpoints: Path, started: float) -> Trainer
             progress("distilling", state.global_step, state.max_steps)
 
         def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
-            folder = checkpoints / f"checkpoint-{state.global_step}"
-            sync_tree(folder)
-            seconds = {"seconds": time.monotonic() - started}
-            (folder / f".{COMPLETE}").write_text(json.dumps(seconds), "utf-8")
-            (folder / f".{COMPLETE}").rename(folder / COMPLETE)
+            complete(checkpoints / f"checkpoint-{state.global_step}", seconds=time.monotonic() - started)
 
     return Report()
 

@@ -14,6 +14,7 @@ from ...models.cache import CachedModel
 from ...schema import Combination, Lora, Proxy, digest
 from ..measuring.answerer import EngineAnswerer
 from ..measuring.evaluate import Results, Scorer
+from ..register import live_lora
 from .parts import Parts, Prompt
 from .proxy_job import Candidate, ProxyJob, Rows, identities
 
@@ -70,9 +71,4 @@ def _direct(plan: ProxyPlan, job: ProxyJob, large: CachedModel) -> Lora | None:
     """The adapter of the large model that was given, or that is live for the domain."""
     if plan.direct:
         return job.store(plan.direct, large)
-    cards = job.home.cards(job.home.release()).values()
-    same = [card for card in cards if card.domain and card.domain == plan.training.domain]
-    return next(
-        (card.spec for card in same if isinstance(card.spec, Lora) and card.base == large.identity),
-        None,
-    )
+    return live_lora(job.home, job.plan.domain, large)

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InvalidRequest
-from ...models.cache import sync_tree
 from ..watch import Watch
 from .adapter_folder import save_adapter
 from .batches import Collator, answer_loss, features, order
+from .checkpoints import complete, last_checkpoint
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -38,8 +37,6 @@ LOGGED_STEPS = 10
 """Steps whose mean loss is told."""
 CHECKPOINTS, FEWEST_STEPS = 10, 20
 """Checkpoints of a training, from which it goes on where it was stopped; none is nearer to the last than so many steps."""
-COMPLETE = "complete.json"
-"""Is written into a checkpoint when all else of it is on the disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,17 +180,6 @@ def run(trainer: Trainer, folder: Path, watch: Watch) -> dict[str, Any]:
     }
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint that was written to its end; one that was not is removed."""
-    found: list[tuple[int, Path]] = []
-    for path in folder.glob("checkpoint-*"):
-        if (path / COMPLETE).exists():
-            found.append((int(path.name.rpartition("-")[2]), path))
-        else:
-            shutil.rmtree(path)
-    return max(found)[1] if found else None
-
-
 def _report_to(watch: Watch, checkpoints: Path) -> TrainerCallback:
     """A callback that tells each step and each loss, and marks the checkpoints that are whole."""
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -210,9 +196,6 @@ def _report_to(watch: Watch, checkpoints: Path) -> TrainerCallback:
 
         def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:
             if state.is_world_process_zero:
-                folder = checkpoints / f"checkpoint-{state.global_step}"
-                sync_tree(folder)
-                (folder / f".{COMPLETE}").write_text("{}", "utf-8")
-                (folder / f".{COMPLETE}").rename(folder / COMPLETE)
+                complete(checkpoints / f"checkpoint-{state.global_step}")
 
     return Report()
