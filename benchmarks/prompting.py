@@ -14,7 +14,7 @@ from collegium.training.measuring.gate import JUDGED_BY
 from collegium.training.rows.examples import Example
 from collegium.training.rows.wording import ask, close_labels, wording_of
 
-DEV_ROWS = 40
+DEV_ROWS = 24
 SHOTS = (3, 6)
 LONGEST_SHOT = 1200
 """Characters of a solved row; longer ones would leave no room."""

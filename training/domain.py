@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import InvalidRequest
@@ -17,12 +17,15 @@ from ..router.artifact import RouterArtifact
 from ..router.encoder import Encoders
 from ..router.router import Router
 from ..schema import Release
-from .recipes import Progress
+from .documents.reading import likely_questions
+from .watch import Progress
 
 PASSAGES_FOR_ROUTER = 200
 """Passages that the router learns a domain from, at most; taken evenly over the documents."""
+QUESTIONS_FOR_ROUTER = 450
+"""Questions that are made of documents for the router, at most."""
 ENOUGH_PROMPTS = 20
-"""Prompts from which the router learns a domain without its passages: documents read unlike what people ask about them."""
+"""Prompts from which the router learns a domain without its documents: those read unlike what people ask about them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,19 +88,23 @@ def learn(
 ) -> Learned:
     """Build the domain's index in the folder `scratch`, and teach it to the router; both are in the store then."""
     encoder = home.models.get(home.settings.encoder, progress)
-    chunks = _chunks(domain, notes)
+    documents = _documents(domain, notes)
+    chunks = [piece for document in documents for piece in chunk(document)]
     index = _index(home, chunks, encoder, scratch, progress)
+    if len(domain.prompts) < ENOUGH_PROMPTS:
+        asked = likely_questions(documents, domain.name.replace("-", " "), seed=0, limit=QUESTIONS_FOR_ROUTER)
+        domain = replace(domain, prompts=(*domain.prompts, *asked))
     return Learned(_router(home, release, domain, chunks, encoder, progress), index)
 
 
-def _chunks(domain: NewDomain, notes: Callable[[str], None]) -> list[Chunk]:
+def _documents(domain: NewDomain, notes: Callable[[str], None]) -> list[Document]:
     documents = list(domain.documents)
     if domain.docs:
         read, unread = read_documents(domain.docs)
         documents += read
         for sentence in unread:
             notes(sentence)
-    return [piece for document in documents for piece in chunk(document)]
+    return documents
 
 
 def _index(home: Home, chunks: list[Chunk], model: CachedModel, folder: Path, progress: Progress) -> str | None:

@@ -114,10 +114,7 @@ def answer_from_documents(plan: Plan, home: Home, taken: Taken, stages: Stages, 
     name = plan.domain or plan.name
 
     def going_live(folder: Path) -> dict[str, Any]:
-        asked = [row.prompt for row in comprehension(taken.documents, seed=plan.seed, limit=ROUTER_PROMPTS)]
         domain = replace(new_domain(plan, name, taken.training), documents=taken.documents)
-        if not domain.prompts:
-            domain = replace(domain, prompts=tuple(asked))
         return {"version": go_live(home, domain, watch, name=plan.name).version}
 
     stages.run("documents", going_live)

@@ -8,6 +8,7 @@ Models via Reading Comprehension"): what a section is about, what a term means, 
 from __future__ import annotations
 
 import random
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import chain, zip_longest
@@ -91,6 +92,40 @@ def comprehension(documents: Sequence[Document], *, seed: int, limit: int) -> li
     rng = random.Random(seed)
     drawn = (rng.sample(list(rows[kind].values()), len(rows[kind])) for kind in WORDINGS if kind in rows)
     return [row for row in chain.from_iterable(zip_longest(*drawn)) if row][:limit]
+
+
+def likely_questions(documents: Sequence[Document], name: str, *, seed: int, limit: int) -> list[str]:
+    """What people may ask who do not know the documents' words: how to do what commands and options do, and what things are.
+
+    In equal parts bare, with the `name` of the domain, and about the things by name: a router learns a domain from questions
+    better than from passages, which read unlike any.
+    """
+    rng, everywhere = random.Random(seed), repeated(documents)
+    tasks: dict[str, None] = {}
+    things: dict[str, None] = {}
+    for fact in (fact for document in documents for fact in facts(document, everywhere)):
+        thing = fact.asked.get("thing", "").replace("_", " ")
+        if fact.kind in DOING and (task := _clause(thing if fact.kind == "how" else fact.answer)):
+            tasks[task] = None
+        if fact.kind == "command":
+            things |= dict.fromkeys((f"What does {thing} do?", f"How do I use {thing} in {name}?", f"What is {thing}?"))
+        elif fact.kind in ("whole", "section", "is"):
+            things[f"What is {thing} in {name}?"] = None
+    bare, named, about = (rng.sample([*part], len(part)) for part in (tasks, tasks, things))
+    asked = zip_longest((f"How do I {one}?" for one in bare), (f"How can I {one} in {name}?" for one in named), about)
+    return [question for three in asked for question in three if question][:limit]
+
+
+DOING = ("command", "option", "call", "how")
+"""Kinds of facts whose answers say what is done."""
+FEWEST_WORDS, MOST_WORDS = 4, 17
+"""Of what is done, so that a question can be made of it."""
+
+
+def _clause(answer: str) -> str:
+    """The beginning of an answer as what is to be done, empty where that is no clause."""
+    clause = re.split(r"(?<=[.;:])\s", answer.strip())[0].rstrip(".;:")
+    return clause[0].lower() + clause[1:] if FEWEST_WORDS <= len(clause.split()) <= MOST_WORDS else ""
 
 
 def _row(document: Document, fact: Fact, seed: int) -> Example:
