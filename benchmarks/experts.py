@@ -49,6 +49,9 @@ def main() -> None:
     options.add_argument(
         "--multitask", type=Path, help="folder of the adapter for all tasks; without it, none is compared"
     )
+    options.add_argument(
+        "--tasks", nargs="+", help="only these, as finance/banking77; macro averages are over them then"
+    )
     chosen = options.parse_args()
     with Home(Settings.load()) as home:
         figures = measure(home, need(chosen.data / "experts"), chosen)
@@ -65,7 +68,7 @@ def measure(home: Home, data: Path, chosen: Namespace) -> dict[str, Any]:
     with closing_host(home, base) as host:
         bench = Bench(home, host, multitask)
         for domain, names in TASKS.items():
-            for name in names:
+            for name in (name for name in names if not chosen.tasks or f"{domain}/{name}" in chosen.tasks):
                 training, rows = test_rows(data / domain, name, QUICK_ROWS if chosen.quick else ROWS)
                 tasks[f"{domain}/{name}"] = task = bench.measure(domain, rows, training)
                 shown = "  ".join(f"{who} {task[who]['value']:.3f}" for who in WHO if who in task)
@@ -135,11 +138,11 @@ class Bench:
         return {
             "metric": metric,
             "rows": len(rows),
-            **{name: summary([score[metric] for score in scores]) for name, scores in who.items()},
+            **{name: summary(scores, metric) for name, scores in who.items()},
             "base_prompting": str(prompting),
-            "base_as_asked": summary([score[metric] for score in plain]),
+            "base_as_asked": summary(plain, metric),
             "exact_match": {
-                name: round(float(np.mean([score["exact_match"] for score in scores])), 4)
+                name: summary(scores, "exact_match")["value"]
                 for name, scores in who.items()
                 if "exact_match" in scores[0]
             },
@@ -160,8 +163,9 @@ class Bench:
         return decision.domain if decision.reason == "routed" and decision.domain in self.adapters else None
 
 
-def summary(values: Sequence[float]) -> dict[str, float]:
-    """The mean and its 95 % bootstrap interval."""
+def summary(scores: Sequence[Mapping[str, float]], metric: str) -> dict[str, float]:
+    """The mean and its 95 % bootstrap interval; an answer that is too long to be said has another metric, and does not count."""
+    values = [score[metric] for score in scores if metric in score]
     low, high = interval(np.asarray(values), np.random.default_rng(0))
     return {"value": round(float(np.mean(values)), 4), "low": low, "high": high}
 

@@ -33,8 +33,6 @@ train law "Law: fairness of contract clauses, privacy policies, short legal ques
     "CC BY 4.0 (Unfair ToS, LegalBench), MIT (PrivacyQA)" 1000 "max_length=384" unfair_tos privacyqa legalbench
 train science "Science at school: physics, biology, chemistry, the Earth." \
     "CC BY-SA 4.0 (ARC), Apache-2.0 (OpenBookQA)" 1000 "" arc_easy arc_challenge openbookqa
-train math "Word problems: reckons with small numbers." \
-    "Apache-2.0 / CC BY-SA 4.0 (MAWPS), MIT (GSM8K)" 1000 "" mawps gsm8k
 train code "Programming and the shell: turns a task into a bash command, explains code." \
     "MIT (NL2Bash)" 2000 "" nl2bash
 train health "Health: questions of patients, medical exams, what a study found." \
