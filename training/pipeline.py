@@ -89,7 +89,10 @@ def train_expert(plan: Plan, home: Home, watch: Watch) -> Outcome:
     if not verdicts.passed and not plan.force:
         refused = f"{plan.name} is {verdicts}. It was not registered; its adapter is in {adapter}."
         if card is None:
-            hint = "Add or clean examples, or register it all the same with --force, which its card will say."
+            hint = (
+                "Add or clean examples; where it forgets, or answers with labels, --recipe replay keeps more. "
+                "--force registers it all the same, which its card will say."
+            )
             raise GateRefused(refused, hint=hint, report=report)
         live = f"The domain is live with its documents on {'base' if not card.evidence.scores else card.version}."
         return Outcome(card, verdicts, report | {"live": card.version, "refused": f"{refused} {live}"})
