@@ -23,7 +23,8 @@ from collegium.models.chat import ChatEncoder
 from collegium.models.load import load_lm, load_tokenizer, pick_device
 from collegium.schema import Message
 from collegium.tests.engine_doubles import is_idle, open_decoder, until
-from collegium.training.measuring.answerer import EngineAnswerer, SpokenAnswerer, TorchAnswerer
+from collegium.tests.torch_answerer import TorchAnswerer
+from collegium.training.measuring.answerer import EngineAnswerer, SpokenAnswerer
 from collegium.training.measuring.evaluate import (
     FREE_QUESTIONS,
     SAID_TOKENS,

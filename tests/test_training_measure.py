@@ -20,7 +20,7 @@ from collegium.models.chat import ChatEncoder
 from collegium.models.load import load_lm, load_tokenizer, pick_device
 from collegium.schema import Card, Evidence, Lora, Message, card_from_dict, card_to_dict
 from collegium.settings import Settings
-from collegium.training.measuring.answerer import TorchAnswerer
+from collegium.tests.torch_answerer import TorchAnswerer
 from collegium.training.measuring.calibration import CLOSED, brier, calibration_error, calibration_scores, chances
 from collegium.training.measuring.evaluate import FREE_QUESTIONS, LOWER_IS_BETTER, Results, Scorer, by_task
 from collegium.training.measuring.forgetting import GENERAL, general_loss, general_rows, recall

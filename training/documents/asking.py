@@ -70,11 +70,11 @@ class AskServer:
         try:
             while True:
                 while len(running) < AT_ONCE and (text := next(waiting, None)) is not None:
-                    running.append(spawn(self._said(text, max_tokens)))
+                    running.append(spawn(say(self.client, text, max_tokens, self.spent)))
                 if not running:
                     return
                 try:
-                    said = running.popleft().result()
+                    said = running.popleft().result().strip()
                 except InvalidRequest:
                     if not answered:
                         raise
@@ -85,8 +85,10 @@ class AskServer:
             for future in running:
                 future.cancel()
 
-    async def _said(self, text: str, max_tokens: int) -> str:
-        request = ExpertRequest((Message("user", text),), "", sampling=Sampling(max_tokens=max_tokens))
-        messages = [{"role": "user", "content": text}]
-        async with aclosing(chat(self.client, messages, request, self.spent)) as pieces:
-            return "".join([piece.text async for piece in pieces]).strip()
+
+async def say(client: RemoteClient, text: str, max_tokens: int, spent: Spent) -> str:
+    """What a server's model answers, without any help. Raises what the client raises."""
+    request = ExpertRequest((Message("user", text),), "", sampling=Sampling(max_tokens=max_tokens))
+    messages = [{"role": "user", "content": text}]
+    async with aclosing(chat(client, messages, request, spent)) as pieces:
+        return "".join([piece.text async for piece in pieces])

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from ...errors import InvalidRequest, Overloaded
 from ...experts.engine.combine import Combiner, Identity
@@ -14,11 +14,6 @@ from ...experts.engine.engine import Engine
 from ...experts.engine.generation import Generation
 from ...experts.engine.request import RemoteRow, Request, Row
 from ...schema import Delta, Sampling
-from .scoring import choice_logprobs, generate
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 Question = tuple[Sequence[int], Sequence[Sequence[int]]]
 """A prompt, and the answers to it whose likelihood is asked for."""
@@ -39,22 +34,6 @@ class Answerer(Protocol):
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
         """For each prompt in turn, a greedy answer without the end token."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class TorchAnswerer:
-    """A model of transformers, as it stands; its answers stop before the token `end`."""
-
-    model: PreTrainedModel | PeftModel
-    end: int
-
-    def logprobs(self, questions: Sequence[Question]) -> Iterator[list[list[float]]]:
-        """One question after the other."""
-        return (choice_logprobs(self.model, prompt, answers) for prompt, answers in questions)
-
-    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
-        """All, in batches of like length, before the first is told."""
-        return iter(generate(self.model, prompts, max_tokens=max_tokens, end=self.end))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import aclosing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +20,10 @@ from ...experts.remote.drafting import Drafter
 from ...experts.remote.expert import find_capabilities, open_remote
 from ...experts.remote.failures import Spent
 from ...experts.remote.row import BlackBox, BlackBoxRow
-from ...experts.remote.text import chat
 from ...experts.remote.vocabulary import Vocabulary
 from ...models.chat import ChatEncoder
 from ...schema import Card, Evidence, ExpertRequest, Lora, Message, Remote, Sampling, digest
+from ..documents.asking import say
 from ..measuring.answerer import Answerer, SpokenAnswerer, in_turn, tokens_of
 from ..measuring.evaluate import LIKELIHOOD_TOKENS, Results, Scorer, answer_of, prompt_of
 from ..rows.examples import Example
@@ -154,16 +153,10 @@ def _server_says(
     client: RemoteClient, encoder: ChatEncoder, questions: Sequence[str], max_tokens: int
 ) -> Iterator[list[int]]:
     """Without any help."""
-    limit, sampling = client.settings.remote_calls, Sampling(max_tokens=max_tokens)
-
-    async def said(text: str) -> str:
-        request = ExpertRequest((Message("user", text),), "", sampling=sampling)
-        messages = [{"role": "user", "content": text}]
-        async with aclosing(chat(client, messages, request, Spent(limit))) as pieces:
-            return "".join([piece.text async for piece in pieces])
-
+    limit = client.settings.remote_calls
     for start in range(0, len(questions), AT_ONCE):
-        for future in [spawn(said(text)) for text in questions[start : start + AT_ONCE]]:
+        asked = questions[start : start + AT_ONCE]
+        for future in [spawn(say(client, text, max_tokens, Spent(limit))) for text in asked]:
             yield encoder.text(future.result())
 
 
